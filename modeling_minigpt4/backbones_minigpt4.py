@@ -1,7 +1,92 @@
-"""Where the frozen parts of a MiniGPT-4 come from: a repository, a folder, or a folder of the MiniGPT-4 cache."""
+"""Where the frozen parts of a MiniGPT-4 come from, and how each is opened."""
 
+import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Blip2QFormerConfig,
+    Blip2QFormerModel,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+
+CACHE_PREFIX = "cache:"
+BUILD_TINY_BACKBONES = "python examples/tiny/build_backbones.py"
+
+# In a repository that holds a whole model, the part is what stands behind this prefix. By `model_type`.
+_PREFIXES = {
+    "blip-2": {"vision_tower": "vision_model.", "qformer": "qformer.", "query_tokens": "query_tokens"},
+    "minigpt4": {
+        "vision_tower": "model.vision_tower.",
+        "qformer": "model.qformer.",
+        "query_tokens": "model.query_tokens",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A source of one frozen part.
+
+    Args:
+        part (`str`): `"vision_tower"`, `"qformer"` or `"language_model"`.
+        source (`str`): A repository, a folder, or `cache:NAME` for a folder below [`cache_directory`].
+        revision (`str`, *optional*): Revision of the repository.
+    """
+
+    part: str
+    source: str
+    revision: str | None = None
+
+    @classmethod
+    def from_entry(cls, part: str, entry: "str | os.PathLike | dict[str, str] | Backbone") -> "Backbone":
+        """From an entry of `config.backbones`, or from the plain name that a user gives instead."""
+        if isinstance(entry, Backbone):
+            return entry
+        if isinstance(entry, (str, os.PathLike)):
+            return cls(part, os.fspath(entry))
+        if "source" not in entry or entry.keys() - {"source", "revision"}:
+            raise ValueError(
+                f"The backbone entry for `{part}` is {entry}. Expected a repository, a folder or `cache:NAME`, or a "
+                'dictionary {"source": ..., "revision": ...}.'
+            )
+        return cls(part, entry["source"], entry.get("revision"))
+
+    def to_entry(self) -> dict[str, str]:
+        """The entry of `config.backbones`."""
+        return {"source": self.source} | ({"revision": self.revision} if self.revision else {})
+
+    def resolve(self) -> str:
+        """The repository or folder to open.
+
+        Raises:
+            `OSError`: If the folder does not exist. The message says how to get it.
+        """
+        if self.source.startswith(CACHE_PREFIX):
+            folder = cache_directory() / self.source.removeprefix(CACHE_PREFIX)
+            if not (folder / "config.json").is_file():
+                raise OSError(
+                    f"The backbone `{self.part}` is `{self.source}`, and there is no checkpoint in {folder}. Build it "
+                    f"with `{BUILD_TINY_BACKBONES}`, set MINIGPT4_CACHE to the folder that holds it, or name another "
+                    f'one with `from_pretrained(..., backbones={{"{self.part}": "REPOSITORY_OR_FOLDER"}})`.'
+                )
+            return str(folder)
+        return self.source
 
 
 def cache_directory() -> Path:
@@ -13,3 +98,171 @@ def cache_directory() -> Path:
     if configured := os.environ.get("MINIGPT4_CACHE"):
         return Path(configured).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minigpt4"
+
+
+def load_config(backbone: Backbone, **hub_kwargs: Any) -> PreTrainedConfig:
+    """The configuration at a source, whole: for a part of a larger model, the larger model's.
+
+    Raises:
+        `OSError`: If the source cannot be opened.
+    """
+    source = backbone.resolve()
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source, revision=backbone.revision, **hub_kwargs)
+        for known in (Blip2VisionConfig, Blip2QFormerConfig):
+            if settings.get("model_type") == known.model_type:
+                return known.from_dict(settings)
+        return AutoConfig.from_pretrained(source, revision=backbone.revision, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"The backbone `{backbone.part}` cannot be opened from `{backbone.source}`: {error} Download it, or name "
+            f'another one with `backbones={{"{backbone.part}": "REPOSITORY_OR_FOLDER"}}`.'
+        ) from error
+
+
+def load_vision_tower(backbone: Backbone, overrides: dict[str, Any] | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Opens the vision encoder: a model of its own, or that of a BLIP-2, a MiniGPT-4, a CLIP, ...
+
+    Args:
+        backbone ([`Backbone`]): Where it lies.
+        overrides (`dict`, *optional*): Settings of its configuration to change, such as `image_size`.
+        kwargs: Passed to `from_pretrained`.
+    """
+    whole = load_config(backbone, **_hub_kwargs(kwargs))
+    config = whole.vision_config if "vision_config" in whole.sub_configs else whole
+    config.update(overrides or {})
+    model_class = Blip2VisionModel if isinstance(config, Blip2VisionConfig) else AutoModel
+    return _load_part(model_class.from_pretrained, backbone, whole, config, kwargs)
+
+
+def load_qformer(backbone: Backbone, **kwargs: Any) -> tuple[PreTrainedModel, torch.Tensor]:
+    """Opens the Q-Former and its query tokens, of shape (1, num_query_tokens, hidden_size).
+
+    Raises:
+        `ValueError`: If the source holds no Q-Former with query tokens.
+    """
+    whole = load_config(backbone, **_hub_kwargs(kwargs))
+    prefixes = _PREFIXES.get(whole.model_type)
+    if prefixes is None or whole.qformer_config is None:
+        raise ValueError(
+            f"`{backbone.source}` holds a `{whole.model_type}`. Expected a BLIP-2 or a MiniGPT-4 with a Q-Former: a "
+            "Q-Former alone lacks the query tokens that it was trained with."
+        )
+    qformer = _load_part(Blip2QFormerModel.from_pretrained, backbone, whole, whole.qformer_config, kwargs)
+    tokens = _read_tensors(backbone, prefixes["query_tokens"], **_hub_kwargs(kwargs))[""]
+    return qformer, tokens.to(device=qformer.device, dtype=qformer.dtype)
+
+
+def load_language_model(backbone: Backbone, **kwargs: Any) -> PreTrainedModel:
+    """Opens the language model with its head.
+
+    Raises:
+        `ValueError`: If it is no decoder, or if it transforms its logits behind the head.
+    """
+    config = load_config(backbone, **_hub_kwargs(kwargs))
+    text_config = config.get_text_config()
+    if text_config.is_encoder_decoder:
+        raise ValueError(f"`{backbone.source}` is an encoder-decoder (`{config.model_type}`). Expected a decoder.")
+    settings = text_config.to_dict()
+    for name, neutral in {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}.items():
+        if settings.get(name) not in (None, neutral):
+            raise ValueError(
+                f"`{backbone.source}` (`{config.model_type}`) sets `{name}` to {settings[name]}. Expected a decoder "
+                "whose logits are what its head gives: MiniGPT-4 applies the head alone."
+            )
+    return _load_part(AutoModelForCausalLM.from_pretrained, backbone, config, config, kwargs)
+
+
+def load_generation_config(backbone: Backbone, **kwargs: Any) -> GenerationConfig | None:
+    """The generation settings at a source, or `None` where there are none."""
+    source, hub_kwargs = backbone.resolve(), _hub_kwargs(kwargs)
+    if _find_file(source, "generation_config.json", revision=backbone.revision, **hub_kwargs) is None:
+        return None
+    return GenerationConfig.from_pretrained(source, revision=backbone.revision, **hub_kwargs)
+
+
+def has_tokenizer(backbone: Backbone, **kwargs: Any) -> bool:
+    """Whether a tokenizer lies beside the language model."""
+    source = backbone.resolve()
+    return _find_file(source, "tokenizer_config.json", revision=backbone.revision, **_hub_kwargs(kwargs)) is not None
+
+
+def read_projection(source: str, prefix: str, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
+    """The tensors of the projection in a projection-only checkpoint, by their names behind `prefix`."""
+    return _read_tensors(Backbone("multi_modal_projector", source), prefix, **hub_kwargs)
+
+
+def _load_part(
+    from_pretrained: Callable[..., Any],
+    backbone: Backbone,
+    whole: PreTrainedConfig,
+    config: PreTrainedConfig,
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """Opens a part, and refuses one with missing weights, which transformers would fill at random."""
+    prefixes = _PREFIXES.get(whole.model_type)
+    if prefixes is None:
+        kwargs = {**kwargs, "revision": backbone.revision}
+        model, info = from_pretrained(backbone.resolve(), config=config, output_loading_info=True, **kwargs)
+    else:
+        hub_kwargs = _hub_kwargs(kwargs)
+        tensors = _read_tensors(backbone, prefixes[backbone.part], **hub_kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
+        model, info = from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True, **kwargs)
+    # No visual token passes through a pooler.
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+        raise ValueError(
+            f"`{backbone.source}` lacks {len(missing)} weights of the `{backbone.part}` ({type(model).__name__}): "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Expected a complete checkpoint."
+        )
+    return model
+
+
+def _read_tensors(backbone: Backbone, prefix: str, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
+    """The tensors behind a prefix, without it. Only the shards that hold one are downloaded and opened."""
+    source, where = backbone.resolve(), {"revision": backbone.revision, **hub_kwargs}
+    index = _find_file(source, SAFE_WEIGHTS_INDEX_NAME, **where)
+    if index is None:
+        shards = [SAFE_WEIGHTS_NAME]
+    else:
+        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted({shard for key, shard in weight_map.items() if key.startswith(prefix)})
+    tensors = {}
+    for shard in shards:
+        path = _find_file(source, shard, **where)
+        if path is None:
+            raise OSError(f"`{backbone.source}` has no file {shard}. Expected a checkpoint in safetensors format.")
+        with safe_open(path, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118: no mapping, it only has `keys`
+                if key.startswith(prefix):
+                    tensors[key.removeprefix(prefix)] = weights.get_tensor(key)
+    if not tensors:
+        raise ValueError(f"`{backbone.source}` holds no weights named `{prefix}...` for the `{backbone.part}`.")
+    return tensors
+
+
+def _find_file(source: str, name: str, **hub_kwargs: Any) -> str | None:
+    return cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        **hub_kwargs,
+    )
+
+
+def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of `from_pretrained`, those that say how to reach the Hub."""
+    names = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def embedding_spread(language_model: PreTrainedModel) -> float:
+    """Standard deviation of the language model's input embeddings."""
+    return language_model.get_input_embeddings().weight.detach().float().std().item()
+
+
+def as_linear(head: nn.Module, backbone: Backbone) -> nn.Linear:
+    """The head of a language model, if it is one that MiniGPT-4 can take over."""
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"The head of `{backbone.source}` is a {type(head).__name__}. Expected a linear layer.")
+    return head

@@ -1,0 +1,812 @@
+"""PyTorch MiniGPT-4 model."""
+
+import copy
+import math
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    Blip2QFormerModel,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    Cache,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.utils import can_return_tuple, logging, torch_compilable_check
+
+from .backbones_minigpt4 import (
+    Backbone,
+    as_linear,
+    embedding_spread,
+    has_tokenizer,
+    load_generation_config,
+    load_language_model,
+    load_qformer,
+    load_vision_tower,
+    read_projection,
+)
+from .configuration_minigpt4 import MiniGPT4Config
+from .generation_minigpt4 import StopSequenceCriteria
+
+
+logger = logging.get_logger(__name__)
+
+
+class MiniGPT4PreTrainedModel(PreTrainedModel):
+    config: MiniGPT4Config
+    config_class = MiniGPT4Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # At a learning rate of 1e-4 a bfloat16 weight stops moving.
+    _keep_in_fp32_modules_strict = ["multi_modal_projector"]  # noqa: RUF012
+
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MiniGPT4Model) and module.query_tokens is not None:
+            init.normal_(module.query_tokens, mean=0.0, std=self.config.qformer_config.initializer_range)
+
+    def freeze_backbones(self) -> None:
+        """Freezes everything but the projection, which is kept in float32.
+
+        The frozen parts have no gradients, stay in eval mode when a trainer calls `.train()`, and the vision side runs
+        without an autograd graph.
+        """
+        self.requires_grad_(False)
+        base: MiniGPT4Model = self.base_model
+        base.multi_modal_projector.to(torch.float32).requires_grad_(True)
+        self.train(self.training)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        projection_only: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves the model as [`~PreTrainedModel.save_pretrained`] does.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder to write to.
+            projection_only (`bool`, *optional*, defaults to `False`):
+                Whether to write the weights of the projection alone, and where the frozen parts come from:
+                `config.backbones`, which `from_backbones` and a projection-only checkpoint fill in. This is how a
+                MiniGPT-4 is published whose language model may not be passed on.
+            state_dict (`dict[str, torch.Tensor]`, *optional*):
+                Weights to save, where they are not the model's own.
+            kwargs:
+                Further arguments of [`~PreTrainedModel.save_pretrained`].
+
+        Raises:
+            `ValueError`: If `projection_only` is set and `config.backbones` does not name every frozen part.
+        """
+        backbones = self.config.backbones
+        if projection_only:
+            if unnamed := [part for part in self._frozen_parts() if part not in (backbones or {})]:
+                raise ValueError(
+                    f"`config.backbones` is {backbones} and does not say where {', '.join(unnamed)} come from, so a "
+                    "projection-only checkpoint could not be opened again. Set "
+                    f'`model.config.backbones = {{"{unnamed[0]}": {{"source": "REPOSITORY_OR_FOLDER"}}, ...}}`, or '
+                    "save the whole model."
+                )
+            weights = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name: weight for name, weight in weights.items() if "multi_modal_projector." in name}
+        else:
+            self.config.backbones = None  # what it names would be read instead of the weights
+        try:
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.backbones = backbones
+
+    def _frozen_parts(self) -> list[str]:
+        parts = ["vision_tower", "qformer", "language_model"]
+        return [part for part in parts if part != "qformer" or self.config.qformer_config is not None]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        backbones: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Opens a checkpoint as [`~PreTrainedModel.from_pretrained`] does, a full or a projection-only one.
+
+        For a projection-only checkpoint every frozen part is read once, from where `config.backbones` says, and only
+        the shards that hold it. `dtype` and `device_map` apply to all parts, `quantization_config` to the language
+        model, `attn_implementation` to the language model if it is a name and to each part if it is a dictionary with
+        the keys `"vision_config"`, `"qformer_config"` and `"text_config"`. The projection stays in float32.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A repository or a folder.
+            config ([`MiniGPT4Config`] or `str`, *optional*):
+                Configuration to use instead of the checkpoint's.
+            backbones (`dict`, *optional*):
+                Where to take frozen parts of a projection-only checkpoint from instead, such as
+                `{"language_model": "lmsys/vicuna-7b-v1.5"}`.
+            kwargs:
+                Further arguments of [`~PreTrainedModel.from_pretrained`].
+
+        Raises:
+            `OSError`: If a frozen part cannot be found. The message says how to get it.
+            `ValueError`: If a frozen part lacks weights, or does not fit the projection.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        if not isinstance(config, PreTrainedConfig):
+            hub_kwargs = {name: kwargs[name] for name in _CHECKPOINT_KWARGS if name in kwargs}
+            config, kwargs = cls.config_class.from_pretrained(
+                pretrained_model_name_or_path if config is None else config, return_unused_kwargs=True, **kwargs
+            )
+            kwargs = hub_kwargs | kwargs
+        if config.backbones is not None:
+            config = copy.deepcopy(config)
+            config.backbones = _merge_backbones(config.backbones, backbones or {})
+            return cls._from_projection(str(pretrained_model_name_or_path), config, **kwargs)
+        if backbones:
+            raise ValueError(
+                f"`backbones={backbones}` was given, but {pretrained_model_name_or_path} is a full checkpoint, which "
+                "holds every weight. Leave `backbones` out, or open a projection-only checkpoint."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    @classmethod
+    def _from_projection(cls, source: str, config: MiniGPT4Config, **kwargs: Any) -> Any:
+        hub_kwargs = {name: kwargs.pop(name) for name in _CHECKPOINT_KWARGS if name in kwargs}
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        generation_config = kwargs.pop("generation_config", None)
+        if kwargs.get("dtype") in (None, "auto"):
+            kwargs["dtype"] = config.dtype or "auto"
+        model = cls._assemble(config, **_part_kwargs(kwargs), **_backbone_hub_kwargs(hub_kwargs))
+        weights = read_projection(source, f"{cls._projection_prefix()}multi_modal_projector.", **hub_kwargs)
+        model._load_projection(source, weights)
+        model.config._name_or_path = model.name_or_path = source
+        if model.can_generate():
+            model.generation_config = generation_config or _checkpoint_generation_config(source, model, hub_kwargs)
+        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _assemble(cls, config: MiniGPT4Config, **kwargs: Any) -> Any:
+        """A model around opened backbones. Its own weights, those of the projection, are still to be filled in."""
+        backbones = {part: Backbone.from_entry(part, entry) for part, entry in config.backbones.items()}
+        for backbone in backbones.values():
+            backbone.resolve()  # what is missing is said before anything large is read
+        vision_tower = load_vision_tower(backbones["vision_tower"], **_kwargs_of("vision_config", kwargs))
+        qformer = None
+        if config.qformer_config is not None:
+            qformer = load_qformer(backbones["qformer"], **_kwargs_of("qformer_config", kwargs))
+        language_model = load_language_model(backbones["language_model"], **_kwargs_of("text_config", kwargs))
+        return cls._from_parts(config, vision_tower, qformer, language_model, backbones["language_model"])
+
+    @classmethod
+    def _from_parts(
+        cls,
+        config: MiniGPT4Config,
+        vision_tower: PreTrainedModel,
+        qformer: tuple[PreTrainedModel, torch.Tensor] | None,
+        language_model: PreTrainedModel,
+        origin: Backbone,
+    ) -> Any:
+        # The configuration describes the parts that are there, which `backbones=` may have changed.
+        config.vision_config = vision_tower.config
+        config.text_config = language_model.config.get_text_config()
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings
+        if qformer is not None:
+            config.qformer_config = qformer[0].config
+        with init.no_init_weights(), torch.device("meta"), init.meta_device_safe_creation_ops():
+            model = cls(config)
+        base: MiniGPT4Model = model.base_model
+        base.vision_tower = vision_tower
+        base.language_model = language_model.base_model
+        if qformer is not None:
+            base.qformer, tokens = qformer
+            base.query_tokens = nn.Parameter(tokens)
+        embeddings = base.language_model.get_input_embeddings().weight
+        base.multi_modal_projector.to_empty(device=embeddings.device)
+        if isinstance(model, MiniGPT4ForConditionalGeneration):
+            model.lm_head = as_linear(language_model.get_output_embeddings(), origin)
+        model._take_device_map(vision_tower, language_model)
+        return model.eval()
+
+    def _take_device_map(self, vision_tower: PreTrainedModel, language_model: PreTrainedModel) -> None:
+        """Tells Trainer and pipelines that the parts were already placed by a `device_map`."""
+        if "hf_device_map" in vars(language_model):
+            prefix = self._projection_prefix()
+            device = next(iter(language_model.hf_device_map.values()))
+            self.hf_device_map = {f"{prefix}language_model": device, f"{prefix}vision_tower": vision_tower.device}
+
+    @classmethod
+    def _projection_prefix(cls) -> str:
+        return "model." if issubclass(cls, MiniGPT4ForConditionalGeneration) else ""
+
+    @torch.no_grad()
+    def _load_projection(self, source: str, weights: dict[str, torch.Tensor]) -> None:
+        projector = self.base_model.multi_modal_projector
+        expected = {name: tuple(parameter.shape) for name, parameter in projector.named_parameters()}
+        received = {name: tuple(weight.shape) for name, weight in weights.items()}
+        if received != expected:
+            raise ValueError(
+                f"The projection in {source} has the shapes {received}, but the backbones "
+                f"{self.config.backbones} need {expected}. Use the backbones that it was trained with."
+            )
+        projector.load_state_dict(weights)
+
+
+# Arguments that say where a checkpoint lies, and those of them that hold for its backbones too.
+_CHECKPOINT_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def _backbone_hub_kwargs(hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
+
+
+def _merge_backbones(entries: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    if unknown := overrides.keys() - entries.keys():
+        raise ValueError(f"`backbones` names {sorted(unknown)}. Expected some of {sorted(entries)}.")
+    return {part: Backbone.from_entry(part, overrides.get(part, entry)).to_entry() for part, entry in entries.items()}
+
+
+def _part_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of `from_pretrained`, those that each part is opened with.
+
+    Raises:
+        `ValueError`: If there are others.
+    """
+    passed = ("attn_implementation", "device_map", "dtype", "max_memory", "offload_folder", "quantization_config")
+    ignored = (
+        "_from_auto",
+        "_from_pipeline",
+        "adapter_kwargs",
+        "trust_remote_code",
+        "use_safetensors",
+        "weights_only",
+    )
+    if unknown := kwargs.keys() - {*passed, *ignored}:
+        raise ValueError(
+            f"A projection-only checkpoint cannot be opened with {sorted(unknown)}. Expected some of {passed}; "
+            "`save_pretrained` the model and open the full checkpoint for the others."
+        )
+    return {name: kwargs[name] for name in passed if kwargs.get(name) is not None}
+
+
+def _kwargs_of(sub_config: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that one part is opened with."""
+    kwargs = dict(kwargs)
+    attention = kwargs.pop("attn_implementation", None)
+    if isinstance(attention, dict):
+        attention = attention.get(sub_config)
+    elif sub_config != "text_config" and attention != "eager":
+        attention = None  # convolutions have no attention, and the Q-Former no flash attention
+    if attention is not None:
+        kwargs["attn_implementation"] = attention
+    if sub_config != "text_config":
+        kwargs.pop("quantization_config", None)
+    return kwargs
+
+
+def _checkpoint_generation_config(
+    source: str, model: "MiniGPT4ForConditionalGeneration", hub_kwargs: dict[str, Any]
+) -> GenerationConfig:
+    loaded = load_generation_config(Backbone("generation_config", source), **hub_kwargs)
+    return loaded or GenerationConfig.from_model_config(model.config)
+
+
+class MiniGPT4Model(MiniGPT4PreTrainedModel):
+    """MiniGPT-4 without a language modeling head: a frozen vision encoder and Q-Former, one linear projection, and a
+    frozen language model.
+
+    Args:
+        config ([`MiniGPT4Config`]): Its configuration.
+    """
+
+    def __init__(self, config: MiniGPT4Config):
+        super().__init__(config)
+        if isinstance(config.vision_config, Blip2VisionConfig):
+            self.vision_tower = Blip2VisionModel._from_config(config.vision_config)
+        else:
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+        if config.qformer_config is None:
+            self.qformer, self.query_tokens = None, None
+        else:
+            _check_qformer_width(config)
+            shape = (1, config.num_query_tokens, config.qformer_config.hidden_size)
+            self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+            self.query_tokens = nn.Parameter(torch.zeros(shape))
+        self.language_model = AutoModel.from_config(config.text_config)
+        if config.projection_in_features is None:
+            raise ValueError(
+                f"`vision_feature_size` is None and the `{config.vision_config.model_type}` configuration has no "
+                "`hidden_size`. Set `vision_feature_size` to the channels of the vision encoder's last feature map."
+            )
+        embedding_size = self.language_model.get_input_embeddings().embedding_dim
+        self.multi_modal_projector = nn.Linear(config.projection_in_features, embedding_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True) -> "MiniGPT4Model":
+        """Sets training mode, but for the parts that are frozen: those keep dropout off and their statistics fixed."""
+        super().train(mode)
+        for part in (self.vision_tower, self.qformer, self.language_model):
+            if part is not None and not _is_trainable(part):
+                part.eval()
+        return self
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, ...] | BaseModelOutputWithPooling:
+        """Encodes images into visual tokens.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`):
+                Images as the processor prepares them.
+            kwargs:
+                Passed to the vision encoder, such as `interpolate_pos_encoding`.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` holds the frozen
+            features, of shape `(num_images, num_visual_tokens, projection_in_features)`, which `forward` takes as
+            `image_features`; `pooler_output` the projected ones, of shape `(num_images, num_visual_tokens,
+            hidden_size)`, in the projection's dtype.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_needs_gradients(pixel_values)):
+            dtype = self.vision_tower.dtype
+            outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True, **kwargs)
+            features = self._query(self._patch_tokens(outputs.last_hidden_state, pixel_values))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features,
+            pooler_output=self.project(features),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    def project(self, image_features: torch.FloatTensor) -> torch.FloatTensor:
+        """Projects frozen features, of shape `(num_images, num_visual_tokens, projection_in_features)`, to the width of
+        the language model, in the projection's dtype."""
+        projector = self.multi_modal_projector
+        return projector(image_features.to(device=projector.weight.device, dtype=projector.weight.dtype))
+
+    def _vision_needs_gradients(self, pixel_values: torch.Tensor) -> bool:
+        if pixel_values.requires_grad or _is_trainable(self.vision_tower):
+            return True
+        return self.qformer is not None and (_is_trainable(self.qformer) or self.query_tokens.requires_grad)
+
+    def _patch_tokens(self, hidden_state: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The encoder's output as a sequence of tokens, (num_images, num_tokens, vision_feature_size)."""
+        if hidden_state.ndim == 4:  # a feature map, row by row
+            hidden_state = hidden_state.flatten(2).transpose(1, 2)
+        if self.config.vision_feature_layer_norm:
+            hidden_state = nn.functional.layer_norm(hidden_state, hidden_state.shape[-1:])
+        if self.qformer is not None:
+            return hidden_state
+        hidden_state = hidden_state[:, self._num_prefix_tokens(hidden_state.shape[1], pixel_values) :]
+        merge_size = self.config.token_merge_size
+        if hidden_state.shape[1] % merge_size:
+            raise ValueError(
+                f"The vision encoder gives {hidden_state.shape[1]} patch tokens for images of "
+                f"{pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels, which cannot be merged by `token_merge_size` "
+                f"{merge_size}. Choose a `token_merge_size` or an image size that divides evenly."
+            )
+        return hidden_state.unflatten(1, (-1, merge_size)).flatten(2)
+
+    def _num_prefix_tokens(self, num_tokens: int, pixel_values: torch.Tensor) -> int:
+        """Class and register tokens: those beyond the grid of patches. Hierarchical encoders have fewer tokens."""
+        patch_size = self.config.vision_config.to_dict().get("patch_size")
+        if not isinstance(patch_size, int):
+            return 0
+        height, width = pixel_values.shape[-2:]
+        return max(0, num_tokens - (height // patch_size) * (width // patch_size))
+
+    def _query(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        if self.qformer is None:
+            return patch_tokens
+        queries = self.query_tokens.expand(len(patch_tokens), -1, -1)
+        return self.qformer(
+            query_embeds=queries.to(patch_tokens.device), encoder_hidden_states=patch_tokens, return_dict=True
+        ).last_hidden_state
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, ...] | LlavaModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids, with `config.image_seq_length` placeholders for each image, in the order of the images.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*):
+                The images of all rows, one after the other.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for tokens, 0 for padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions of the tokens.
+            past_key_values ([`~transformers.Cache`], *optional*):
+                Keys and values of earlier tokens.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings instead of `input_ids`, with the visual tokens already in place.
+            image_features (`torch.FloatTensor` of shape `(num_images, num_visual_tokens, projection_in_features)`, *optional*):
+                Frozen features made earlier, instead of `pixel_values`: `last_hidden_state` of `get_image_features`.
+            mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
+                `{"image": ...}` with the output of `get_image_features`, instead of `pixel_values`.
+            kwargs:
+                Passed to the language model.
+
+        Raises:
+            `ValueError`: If images and placeholders do not match, or images are given in more than one way.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Expected either `input_ids` or `inputs_embeds`, got both or neither.")
+        visual_tokens = self._visual_tokens(pixel_values, image_features, mm_encoder_outputs)
+        if input_ids is None:
+            if visual_tokens is not None:
+                raise ValueError(
+                    "Images need `input_ids`, whose placeholders say where they stand: got `inputs_embeds`."
+                )
+        else:
+            prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+            inputs_embeds = self._embed(input_ids, visual_tokens, prefill)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        return LlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=visual_tokens,
+        )
+
+    def _visual_tokens(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+    ) -> torch.Tensor | None:
+        """The projected visual tokens of all images, (num_images, num_visual_tokens, hidden_size)."""
+        encoded = (mm_encoder_outputs or {}).get("image")
+        given = {"pixel_values": pixel_values, "image_features": image_features, "mm_encoder_outputs": encoded}
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) > 1:
+            raise ValueError(f"Images were given as {' and as '.join(names)}. Expected one of them.")
+        if pixel_values is not None:
+            return self.get_image_features(pixel_values, return_dict=True).pooler_output
+        if image_features is not None:
+            return self.project(image_features)
+        if encoded is None:
+            return None
+        tokens = encoded.pooler_output
+        return tokens if isinstance(tokens, torch.Tensor) else torch.stack(tuple(tokens))
+
+    def _embed(self, input_ids: torch.Tensor, visual_tokens: torch.Tensor | None, prefill: bool) -> torch.Tensor:
+        """Embeds text and puts the visual tokens into the places of the placeholders, whose id is never looked up."""
+        mask = input_ids == self.config.image_token_id
+        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
+        if visual_tokens is None:
+            if prefill:
+                torch_compilable_check(
+                    ~mask.any(),
+                    lambda: (
+                        f"The prompt has {int(mask.sum())} image placeholders (id {self.config.image_token_id}), but no "
+                        "images were given. Pass `pixel_values`, `image_features` or `mm_encoder_outputs`."
+                    ),
+                )
+            return inputs_embeds
+        num_tokens = visual_tokens.shape[0] * visual_tokens.shape[1]
+        torch_compilable_check(
+            mask.sum() == num_tokens,
+            lambda: (
+                f"The prompt has {int(mask.sum())} image placeholders (id {self.config.image_token_id}), but "
+                f"{visual_tokens.shape[0]} images of {visual_tokens.shape[1]} visual tokens were given. Expected "
+                f"{num_tokens} placeholders."
+            ),
+        )
+        visual_tokens = visual_tokens.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens)
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _check_qformer_width(config: MiniGPT4Config) -> None:
+    expected = config.qformer_config.encoder_hidden_size
+    if config.vision_feature_size != expected:
+        raise ValueError(
+            f"The vision encoder gives features of size {config.vision_feature_size}, but the Q-Former reads features "
+            f"of size {expected} (`qformer_config.encoder_hidden_size`). Take both from the same BLIP-2."
+        )
+
+
+class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin):
+    """MiniGPT-4 (https://huggingface.co/papers/2304.10592): a language model that sees through one trained linear
+    projection.
+
+    Args:
+        config ([`MiniGPT4Config`]): Its configuration.
+
+    Example:
+
+    ```python
+    >>> import modeling_minigpt4  # registers the Auto classes
+    >>> from PIL import Image
+    >>> from transformers import AutoModel, AutoProcessor
+
+    >>> model = AutoModel.from_pretrained("examples/tiny/checkpoint/stage1")
+    >>> processor = AutoProcessor.from_pretrained("examples/tiny/checkpoint/stage1")
+    >>> image = Image.open("examples/tiny/photographs/chelsea.jpg")
+    >>> inputs = processor(images=image, text=processor.image_prompt(), add_special_tokens=False, return_tensors="pt")
+    >>> generated = model.generate(**inputs, max_new_tokens=32)
+    >>> processor.post_process_image_text_to_text(generated[:, inputs["input_ids"].shape[1] :])[0]
+    ```"""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: MiniGPT4Config):
+        super().__init__(config)
+        self.model = MiniGPT4Model(config)
+        embeddings = self.model.get_input_embeddings()
+        self.lm_head = nn.Linear(embeddings.embedding_dim, config.text_config.vocab_size, bias=config.lm_head_bias)
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision_tower: str | os.PathLike,
+        language_model: str | os.PathLike,
+        qformer: str | os.PathLike | None = None,
+        *,
+        image_size: int | None = None,
+        image_token_index: int | None = None,
+        vision_feature_layer_norm: bool | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "MiniGPT4ForConditionalGeneration":
+        """Assembles a model from pretrained parts, with a fresh projection.
+
+        The projection starts at a scale that gives the visual tokens of an image of noise the spread of the language
+        model's own embeddings, and in float32.
+
+        Args:
+            vision_tower (`str` or `os.PathLike`):
+                Repository, folder or `cache:NAME` of a vision encoder, or of a model with one: a BLIP-2, a CLIP, ...
+            language_model (`str` or `os.PathLike`):
+                The same of a decoder with its head.
+            qformer (`str` or `os.PathLike`, *optional*):
+                The same of a BLIP-2 or a MiniGPT-4 with a Q-Former. Without one, neighbouring patch tokens are merged.
+            image_size (`int`, *optional*):
+                Side of the images in pixels, where it is not what the vision encoder's configuration says.
+            image_token_index (`int`, *optional*):
+                Id of the image placeholder. Defaults to the length of the language model's tokenizer, and where there
+                is none, to the size of its vocabulary.
+            vision_feature_layer_norm (`bool`, *optional*):
+                Whether to normalise the patch tokens. Defaults to whether the vision encoder gives a feature map, as
+                convolutional ones do, which do not end in a layer norm.
+            config_kwargs (`dict`, *optional*):
+                Further fields of the [`MiniGPT4Config`], such as `token_merge_size`.
+            kwargs:
+                `dtype`, `device_map`, `attn_implementation`, `quantization_config`, and what says how to reach the Hub,
+                as for `from_pretrained`.
+
+        Returns:
+            [`MiniGPT4ForConditionalGeneration`]: The model, in eval mode, with nothing frozen yet.
+
+        Raises:
+            `OSError`: If a part cannot be found.
+            `ValueError`: If a part lacks weights, or if two parts do not fit.
+        """
+        sources = {"vision_tower": vision_tower, "qformer": qformer, "language_model": language_model}
+        backbones = {part: Backbone.from_entry(part, source) for part, source in sources.items() if source is not None}
+        for backbone in backbones.values():
+            backbone.resolve()
+        hub_kwargs = {name: kwargs.pop(name) for name in _CHECKPOINT_KWARGS if name in kwargs}
+        kwargs = _part_kwargs(kwargs) | _backbone_hub_kwargs(hub_kwargs)
+        overrides = {"image_size": image_size} if image_size else None
+        vision = load_vision_tower(backbones["vision_tower"], overrides, **_kwargs_of("vision_config", kwargs))
+        queries = load_qformer(backbones["qformer"], **_kwargs_of("qformer_config", kwargs)) if qformer else None
+        decoder = load_language_model(backbones["language_model"], **_kwargs_of("text_config", kwargs))
+        head = as_linear(decoder.get_output_embeddings(), backbones["language_model"])
+        if image_token_index is None and has_tokenizer(backbones["language_model"], **hub_kwargs):
+            source = backbones["language_model"].resolve()
+            image_token_index = len(AutoTokenizer.from_pretrained(source, **_backbone_hub_kwargs(hub_kwargs)))
+        feature_shape = _feature_shape(vision)
+        config = MiniGPT4Config(
+            vision_config=vision.config,
+            qformer_config=queries[0].config if queries else None,
+            text_config=decoder.config.get_text_config(),
+            num_query_tokens=queries[1].shape[1] if queries else 0,
+            vision_feature_size=feature_shape[1] if len(feature_shape) == 4 else feature_shape[2],
+            vision_feature_layer_norm=(
+                len(feature_shape) == 4 if vision_feature_layer_norm is None else vision_feature_layer_norm
+            ),
+            image_token_index=image_token_index,
+            lm_head_bias=head.bias is not None,
+            backbones={part: backbone.to_entry() for part, backbone in backbones.items()},
+            dtype=decoder.dtype,
+            **(config_kwargs or {}),
+        )
+        model = cls._from_parts(config, vision, queries, decoder, backbones["language_model"])
+        model._init_projection()
+        model.generation_config = decoder.generation_config
+        return model
+
+    @torch.no_grad()
+    def _init_projection(self) -> None:
+        """Draws the projection, and counts the visual tokens, from the features of an image of noise."""
+        projector = self.model.multi_modal_projector
+        nn.init.zeros_(projector.bias)
+        nn.init.normal_(projector.weight, std=1.0)
+        features = self.model.get_image_features(_noise_image(self.model.vision_tower)).last_hidden_state.float()
+        spread = embedding_spread(self.model.language_model)
+        projector.weight *= spread / (features.square().mean().sqrt().item() * math.sqrt(projector.in_features))
+        self.config.image_seq_length = features.shape[1]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, ...] | BaseModelOutputWithPooling:
+        """See [`MiniGPT4Model.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_features: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, ...] | LlavaCausalLMOutputWithPast:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Ids to predict, shifted inside; -100 is ignored.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                For how many of the last positions, or for which ones, to compute logits. 0 means all.
+            kwargs:
+                The other arguments are those of [`MiniGPT4Model.forward`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_features=image_features,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        # `generate` repeats whole groups of images for beams in `mm_encoder_outputs` only, and changes them in place.
+        encoded = {name: copy.copy(output) for name, output in (model_kwargs.get("mm_encoder_outputs") or {}).items()}
+        if (image_features := model_kwargs.pop("image_features", None)) is not None:
+            if "image" in encoded:
+                raise ValueError(
+                    "Images were given as image_features and as mm_encoder_outputs. Expected one of them."
+                )
+            encoded["image"] = BaseModelOutputWithPooling(
+                last_hidden_state=image_features, pooler_output=self.model.project(image_features)
+            )
+        model_kwargs["mm_encoder_outputs"] = encoded
+        return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: int | None = None,
+        encoder_input_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> LogitsProcessorList:
+        # The original generates from embeddings, so that its repetition penalty never saw the prompt.
+        processors = super()._get_logits_processor(
+            generation_config, input_ids_seq_length, encoder_input_ids=encoder_input_ids, **kwargs
+        )
+        for processor in processors:
+            if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+                processor.prompt_ignore_length = input_ids_seq_length or 0
+            elif isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
+                ids = processor.encoder_input_ids
+                processor.encoder_input_ids = torch.where(ids == self.config.image_token_id, ids[:, :1], ids)
+        return processors
+
+    def _get_stopping_criteria(
+        self, generation_config: GenerationConfig, stopping_criteria: StoppingCriteriaList | None, **kwargs: Any
+    ) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
+        if self.config.stop_sequences:
+            criteria.append(StopSequenceCriteria(self.config.stop_sequences))
+        return criteria
+
+
+def _noise_image(vision_tower: PreTrainedModel) -> torch.Tensor:
+    size = vision_tower.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return image.to(vision_tower.device)
+
+
+@torch.no_grad()
+def _feature_shape(vision_tower: PreTrainedModel) -> torch.Size:
+    return vision_tower(_noise_image(vision_tower).to(vision_tower.dtype), return_dict=True).last_hidden_state.shape
+
+
+__all__ = ["MiniGPT4ForConditionalGeneration", "MiniGPT4Model", "MiniGPT4PreTrainedModel"]
