@@ -118,6 +118,18 @@ class MiniGPT4Config(PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # `AutoModel.from_pretrained(..., backbones=...)` hands its arguments to the configuration first, which would
+        # take the replacement of one backbone for the whole list.
+        if "backbones" not in kwargs:
+            return super().from_dict(config_dict, **kwargs)
+        backbones = kwargs.pop("backbones")
+        if kwargs.get("return_unused_kwargs", False):
+            config, unused = super().from_dict(config_dict, **kwargs)
+            return config, {**unused, "backbones": backbones}
+        return super().from_dict({**config_dict, "backbones": backbones}, **kwargs)
+
     def _count_visual_tokens(self) -> int | None:
         if self.qformer_config is not None:
             return self.num_query_tokens

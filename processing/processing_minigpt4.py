@@ -58,6 +58,7 @@ class MiniGPT4Processor(ProcessorMixin):
             )
         self.end_symbol = end_symbol
         self.default_instruction = default_instruction
+        tokenizer.padding_side = "left"  # for generation; `save_pretrained` forgets it
         if isinstance(tokenizer, LlamaTokenizer):
             # `save_pretrained` forgets it, and without it the text after a special token is split differently.
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy

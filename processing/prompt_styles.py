@@ -59,7 +59,6 @@ def build_processor(
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [AddedToken(image_token, special=True, normalized=False)]}
     )
-    tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # adding one would change the vocabulary
     tokenizer.chat_template = None  # the processor's knows images

@@ -1,0 +1,28 @@
+"""Models that the tests build of the backbones in `conftest.py`, and what they are asked."""
+
+import torch
+
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+
+
+# Names of a model: which backbones it is made of, and its prompt style.
+RECIPES = {
+    "qformer": ("blip2", "llama", "blip2", "vicuna-v0"),
+    "merged": ("vit", "llama", None, "llama-2"),
+    "convolutional": ("resnet", "gpt2", None, "native"),
+}
+
+
+def build(backbones: dict[str, str], recipe: str, **kwargs: object) -> MiniGPT4ForConditionalGeneration:
+    vision, text, qformer, _ = RECIPES[recipe]
+    torch.manual_seed(1)
+    if vision == "resnet":
+        kwargs.setdefault("image_size", 64)  # its configuration names none
+    return MiniGPT4ForConditionalGeneration.from_backbones(
+        backbones[vision], backbones[text], backbones[qformer] if qformer else None, **kwargs
+    )
+
+
+def question(text: str, count: int = 1) -> list[dict]:
+    """A conversation with one user turn: some pictures, then text."""
+    return [{"role": "user", "content": [*({"type": "image"} for _ in range(count)), {"type": "text", "text": text}]}]
