@@ -4,8 +4,8 @@
 python examples/train_stage1.py --config examples/configs/stage1_tiny.yaml
 ```
 
-Every argument may stand in the YAML file or on the command line, where it wins. `--resume_from_checkpoint true` goes on
-from the last checkpoint in `output_dir`. The result is a projection-only checkpoint in `output_dir`.
+Every argument may stand in the YAML file or on the command line, where it wins. `--resume_from_checkpoint true` goes
+on from the last checkpoint in `output_dir`. The result is a projection-only checkpoint in `output_dir`.
 """
 
 import json

@@ -233,7 +233,7 @@ def _read_tensors(backbone: Backbone, prefix: str, **hub_kwargs: Any) -> dict[st
         if path is None:
             raise OSError(f"`{backbone.source}` has no file {shard}. Expected a checkpoint in safetensors format.")
         with safe_open(path, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118: no mapping, it only has `keys`
+            for key in weights.keys():  # noqa: SIM118
                 if key.startswith(prefix):
                     tensors[key.removeprefix(prefix)] = weights.get_tensor(key)
     if not tensors:

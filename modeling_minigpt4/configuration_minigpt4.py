@@ -86,10 +86,9 @@ class MiniGPT4Config(PreTrainedConfig):
     attribute_map = {"image_token_id": "image_token_index"}  # noqa: RUF012
     sub_configs = {"vision_config": AutoConfig, "qformer_config": Blip2QFormerConfig, "text_config": AutoConfig}  # noqa: RUF012
 
-    vision_config: dict | PreTrainedConfig | None = None
-    # `None` is a choice of its own here, so the default cannot be `None`.
-    qformer_config: dict | PreTrainedConfig | str | None = "default"
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    qformer_config: Any = "default"  # `None` is a choice of its own
+    text_config: Any = None
     num_query_tokens: int = 32
     token_merge_size: int = 4
     vision_feature_size: int | None = None
@@ -98,7 +97,7 @@ class MiniGPT4Config(PreTrainedConfig):
     image_token_index: int | None = None
     stop_sequences: list[list[int]] | None = None
     lm_head_bias: bool = False
-    backbones: dict | None = None
+    backbones: Any = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -144,7 +145,7 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
-        config: PreTrainedConfig | str | os.PathLike | None = None,
+        config: Any = None,
         backbones: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -202,7 +203,12 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         model.config._name_or_path = model.name_or_path = source
         if model.can_generate():
             model.generation_config = generation_config or _checkpoint_generation_config(source, model, hub_kwargs)
-        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        info: dict[str, Any] = {
+            "missing_keys": set(),
+            "unexpected_keys": set(),
+            "mismatched_keys": set(),
+            "error_msgs": [],
+        }
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -378,7 +384,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, **kwargs: Any
+        self, pixel_values: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, ...] | BaseModelOutputWithPooling:
         """Encodes images into visual tokens.
 
@@ -406,16 +412,25 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             attentions=outputs.get("attentions"),
         )
 
-    def project(self, image_features: torch.FloatTensor) -> torch.FloatTensor:
-        """Projects frozen features, of shape `(num_images, num_visual_tokens, projection_in_features)`, to the width of
-        the language model, in the projection's dtype."""
+    def project(self, image_features: torch.Tensor) -> torch.Tensor:
+        """Projects frozen features to the width of the language model.
+
+        Args:
+            image_features (`torch.FloatTensor` of shape `(num_images, num_visual_tokens, projection_in_features)`):
+                `last_hidden_state` of `get_image_features`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_images, num_visual_tokens, hidden_size)`, in the projection's dtype.
+        """
         projector = self.multi_modal_projector
         return projector(image_features.to(device=projector.weight.device, dtype=projector.weight.dtype))
 
     def _vision_needs_gradients(self, pixel_values: torch.Tensor) -> bool:
         if pixel_values.requires_grad or _is_trainable(self.vision_tower):
             return True
-        return self.qformer is not None and (_is_trainable(self.qformer) or self.query_tokens.requires_grad)
+        if self.qformer is None or self.query_tokens is None:
+            return False
+        return _is_trainable(self.qformer) or self.query_tokens.requires_grad
 
     def _patch_tokens(self, hidden_state: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """The encoder's output as a sequence of tokens, (num_images, num_tokens, vision_feature_size)."""
@@ -430,8 +445,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         if hidden_state.shape[1] % merge_size:
             raise ValueError(
                 f"The vision encoder gives {hidden_state.shape[1]} patch tokens for images of "
-                f"{pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels, which cannot be merged by `token_merge_size` "
-                f"{merge_size}. Choose a `token_merge_size` or an image size that divides evenly."
+                f"{pixel_values.shape[-2]}x{pixel_values.shape[-1]} pixels, which cannot be merged by "
+                f"`token_merge_size` {merge_size}. Choose a `token_merge_size` or an image size that divides evenly."
             )
         return hidden_state.unflatten(1, (-1, merge_size)).flatten(2)
 
@@ -444,7 +459,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         return max(0, num_tokens - (height // patch_size) * (width // patch_size))
 
     def _query(self, patch_tokens: torch.Tensor) -> torch.Tensor:
-        if self.qformer is None:
+        if self.qformer is None or self.query_tokens is None:
             return patch_tokens
         queries = self.query_tokens.expand(len(patch_tokens), -1, -1)
         return self.qformer(
@@ -454,13 +469,13 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        image_features: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, ...] | LlavaModelOutputWithPast:
@@ -478,8 +493,9 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
                 Keys and values of earlier tokens.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embeddings instead of `input_ids`, with the visual tokens already in place.
-            image_features (`torch.FloatTensor` of shape `(num_images, num_visual_tokens, projection_in_features)`, *optional*):
-                Frozen features made earlier, instead of `pixel_values`: `last_hidden_state` of `get_image_features`.
+            image_features (`torch.FloatTensor`, *optional*):
+                Frozen features made earlier, instead of `pixel_values`: `last_hidden_state` of `get_image_features`,
+                of shape `(num_images, num_visual_tokens, projection_in_features)`.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 `{"image": ...}` with the output of `get_image_features`, instead of `pixel_values`.
             kwargs:
@@ -499,10 +515,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         else:
             prefill = past_key_values is None or past_key_values.get_seq_length() == 0
             inputs_embeds = self._embed(input_ids, visual_tokens, prefill)
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            # Decoders with learned positions count padding on the left otherwise.
-            positions = attention_mask.long().cumsum(dim=-1) - 1
-            position_ids = positions.clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        if position_ids is None and inputs_embeds is not None:
+            position_ids = _positions(attention_mask, inputs_embeds.shape[1])
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -549,8 +563,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
                 torch_compilable_check(
                     ~mask.any(),
                     lambda: (
-                        f"The prompt has {int(mask.sum())} image placeholders (id {self.config.image_token_id}), but no "
-                        "images were given. Pass `pixel_values`, `image_features` or `mm_encoder_outputs`."
+                        f"The prompt has {int(mask.sum())} image placeholders (id {self.config.image_token_id}), but "
+                        "no images were given. Pass `pixel_values`, `image_features` or `mm_encoder_outputs`."
                     ),
                 )
             return inputs_embeds
@@ -565,6 +579,13 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         )
         visual_tokens = visual_tokens.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens)
+
+
+def _positions(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """Positions of the last tokens, without padding, which decoders with learned positions would count."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
 
 
 def _is_trainable(module: nn.Module) -> bool:
@@ -608,7 +629,9 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         super().__init__(config)
         self.model = MiniGPT4Model(config)
         embeddings = self.model.get_input_embeddings()
-        self.lm_head = nn.Linear(embeddings.embedding_dim, config.text_config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head: nn.Module = nn.Linear(
+            self.model.multi_modal_projector.out_features, config.text_config.vocab_size, bias=config.lm_head_bias
+        )
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
@@ -649,8 +672,8 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             config_kwargs (`dict`, *optional*):
                 Further fields of the [`MiniGPT4Config`], such as `token_merge_size`.
             kwargs:
-                `dtype`, `device_map`, `attn_implementation`, `quantization_config`, and what says how to reach the Hub,
-                as for `from_pretrained`.
+                `dtype`, `device_map`, `attn_implementation`, `quantization_config`, and what says how to reach the
+                Hub, as for `from_pretrained`.
 
         Returns:
             [`MiniGPT4ForConditionalGeneration`]: The model, in eval mode, with nothing frozen yet.
@@ -690,13 +713,18 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             **(config_kwargs or {}),
         )
         model = cls._from_parts(config, vision, queries, decoder, backbones["language_model"])
-        model._init_projection()
+        model.init_projection()
         model.generation_config = decoder.generation_config
         return model
 
     @torch.no_grad()
-    def _init_projection(self) -> None:
-        """Draws the projection, and counts the visual tokens, from the features of an image of noise."""
+    def init_projection(self) -> None:
+        """Draws a fresh projection, at a scale that gives the visual tokens of an image of noise the spread of the
+        language model's embeddings, and counts those tokens.
+
+        Raises:
+            `ValueError`: If the vision side gives nothing but zeros, or no numbers.
+        """
         projector = self.model.multi_modal_projector
         nn.init.zeros_(projector.bias)
         nn.init.normal_(projector.weight, std=1.0)
@@ -723,7 +751,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         self.lm_head = new_embeddings
 
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, **kwargs: Any
+        self, pixel_values: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, ...] | BaseModelOutputWithPooling:
         """See [`MiniGPT4Model.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
@@ -731,15 +759,15 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        image_features: torch.FloatTensor | None = None,
+        image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, ...] | LlavaCausalLMOutputWithPast:
@@ -796,7 +824,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         self,
         generation_config: GenerationConfig,
         input_ids_seq_length: int | None = None,
-        encoder_input_ids: torch.LongTensor | None = None,
+        encoder_input_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
         # The original generates from embeddings, so that its repetition penalty never saw the prompt.
@@ -809,6 +837,8 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             elif isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
                 ids = processor.encoder_input_ids
                 processor.encoder_input_ids = torch.where(ids == self.config.image_token_id, ids[:, :1], ids)
+        if self.config.image_token_id < self.config.text_config.vocab_size:  # a spare row of a padded vocabulary
+            processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], self.device))
         return processors
 
     def _get_stopping_criteria(
@@ -824,8 +854,8 @@ def _noise_image(vision_tower: PreTrainedModel) -> torch.Tensor:
     size = vision_tower.config.to_dict().get("image_size")
     if size is None:
         raise ValueError(
-            f"The configuration of the {type(vision_tower).__name__} has no `image_size`. Pass the side of the images in "
-            "pixels, as `from_backbones(..., image_size=224)`."
+            f"The configuration of the {type(vision_tower).__name__} has no `image_size`. Pass the side of the images "
+            "in pixels, as `from_backbones(..., image_size=224)`."
         )
     height, width = (size, size) if isinstance(size, int) else size
     image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))

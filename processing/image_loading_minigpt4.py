@@ -12,7 +12,7 @@ import PIL.ImageOps
 from huggingface_hub.utils import httpx
 
 
-def load_rgb_image(source: Any, timeout: float | None = None) -> PIL.Image.Image:
+def load_rgb_image(source: Any, timeout: float = 5.0) -> PIL.Image.Image:
     """Opens a picture and brings it into the form that the image processor expects.
 
     The EXIF orientation is applied, transparency is put on white, 16 bits become 8, and of an animation the first
@@ -21,8 +21,8 @@ def load_rgb_image(source: Any, timeout: float | None = None) -> PIL.Image.Image
     Args:
         source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`):
             A path, a URL (`http://`, `https://`, `data:`), base64 text, the bytes of a file, or a picture.
-        timeout (`float`, *optional*):
-            Seconds to wait for a URL. Defaults to httpx's 5.
+        timeout (`float`, *optional*, defaults to 5.0):
+            Seconds to wait for a URL.
 
     Returns:
         `PIL.Image.Image`: The picture, in mode RGB.
@@ -43,9 +43,9 @@ def load_rgb_image(source: Any, timeout: float | None = None) -> PIL.Image.Image
     return _decode(BytesIO(_from_base64(source, name)), name)
 
 
-def _download(url: str, timeout: float | None) -> bytes:
+def _download(url: str, timeout: float) -> bytes:
     try:
-        response = httpx.get(url, follow_redirects=True, **({} if timeout is None else {"timeout": timeout}))
+        response = httpx.get(url, follow_redirects=True, timeout=timeout)
         response.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"The picture {url} cannot be fetched: {error}") from error
@@ -87,7 +87,7 @@ def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
 
 def _to_8_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     """A grey picture of 16 bits (or one of 32 with values of 16) in 8 bits. PIL alone would clip it to white."""
-    values = np.asarray(image).astype(np.float32)
+    values = np.asarray(image, dtype=np.float64)
     if image.mode.startswith("I;16") or values.max() > 255:
         values = values / 257
     elif image.mode == "F" and values.max() <= 1:

@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from transformers import BatchFeature, LlamaTokenizer
+from transformers import LlamaTokenizer
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import is_numpy_array, is_torch_tensor
@@ -53,8 +53,8 @@ class MiniGPT4Processor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if image_token not in tokenizer.get_vocab():
             raise ValueError(
-                f"The tokenizer has no token {image_token!r}. Expected it as a special token: build the processor with "
-                "`build_processor`, or add it with `tokenizer.add_special_tokens`."
+                f"The tokenizer has no token {image_token!r}. Expected it as a special token: build the processor "
+                "with `build_processor`, or add it with `tokenizer.add_special_tokens`."
             )
         self.end_symbol = end_symbol
         self.default_instruction = default_instruction
@@ -111,7 +111,7 @@ class MiniGPT4Processor(ProcessorMixin):
         chat_template: str | None = None,
         tokenize: bool = False,
         **kwargs: Any,
-    ) -> str | list[str] | list[int] | list[list[int]] | BatchFeature:
+    ) -> Any:
         """Renders a conversation, as [`~ProcessorMixin.apply_chat_template`] does.
 
         A placeholder that somebody typed into a text stays plain text, and never becomes the place of an image.

@@ -4,13 +4,18 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoTokenizer, BlipImageProcessor, BlipImageProcessorPil, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 from transformers.utils import is_torchvision_available
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .processing_minigpt4 import MiniGPT4Processor
 
+
+if is_torchvision_available():
+    from transformers import BlipImageProcessor
+else:
+    from transformers import BlipImageProcessorPil as BlipImageProcessor
 
 PromptStyle = Literal["vicuna-v0", "llama-2", "minigpt-v2", "native"]
 PROMPT_STYLES: tuple[PromptStyle, ...] = ("vicuna-v0", "llama-2", "minigpt-v2", "native")
@@ -62,9 +67,8 @@ def build_processor(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # adding one would change the vocabulary
     tokenizer.chat_template = None  # the processor's knows images
-    image_processor_class = BlipImageProcessor if is_torchvision_available() else BlipImageProcessorPil
     return MiniGPT4Processor(
-        image_processor_class(size={"height": image_size, "width": image_size}, **image_kwargs),
+        BlipImageProcessor(size={"height": image_size, "width": image_size}, **image_kwargs),
         tokenizer,
         num_image_tokens=num_image_tokens,
         image_token=image_token,
@@ -125,8 +129,8 @@ def _native_prompts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     template = tokenizer.chat_template
     if not isinstance(template, str):
         raise ValueError(
-            f"The prompt style `native` needs a tokenizer with one chat template, got {type(template).__name__}. Choose "
-            "another style, or set `tokenizer.chat_template`."
+            f"The prompt style `native` needs a tokenizer with one chat template, got {type(template).__name__}. "
+            "Choose another style, or set `tokenizer.chat_template`."
         )
     question, answer = "QUESTION", "ANSWER"
     first = [{"role": "user", "content": "FIRST"}, {"role": "assistant", "content": answer}]

@@ -32,8 +32,8 @@ def stage2_example(image: Any, caption: str, processor: MiniGPT4Processor, instr
         image: A picture, as the processor takes it.
         caption (`str`): Its description, used as it is.
         processor ([`MiniGPT4Processor`]): Knows the template and the end symbol.
-        instruction (`str`): What is asked. A leading `<Img><ImageHere></Img>`, as in the published instructions, may be
-            there or not.
+        instruction (`str`): What is asked. A leading `<Img><ImageHere></Img>`, as in the published instructions, may
+            be there or not.
 
     Returns:
         `dict`: `images` (a list of one), `prompt` (the training template), `completion` (the caption and the end
@@ -45,13 +45,14 @@ def stage2_example(image: Any, caption: str, processor: MiniGPT4Processor, instr
     instruction = instruction.removeprefix(f"<Img>{processor.image_token}</Img>").lstrip()
     content = [{"type": "image"}, {"type": "text", "text": _checked(instruction, processor)}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], chat_template="training")
-    return {"images": [image], "prompt": prompt, "completion": _checked(caption, processor) + processor.end_symbol}
+    completion = _checked(caption, processor) + (processor.end_symbol or "")
+    return {"images": [image], "prompt": prompt, "completion": completion}
 
 
 def _checked(text: str, processor: MiniGPT4Processor) -> str:
     if not text.strip() or processor.image_token in text:
         raise ValueError(
-            f"Got the text {text!r}. Expected one that is not empty and does not contain {processor.image_token}, which "
-            "would become the place of an image."
+            f"Got the text {text!r}. Expected one that is not empty and does not contain {processor.image_token}, "
+            "which would become the place of an image."
         )
     return text

@@ -66,7 +66,16 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         num_attention_heads=4,
         initializer_range=0.3,
     )
-    gpt2 = GPT2Config(vocab_size=400, n_embd=40, n_layer=2, n_head=2, n_positions=256, initializer_range=0.3)
+    gpt2 = GPT2Config(
+        vocab_size=400,
+        n_embd=40,
+        n_layer=2,
+        n_head=2,
+        n_positions=256,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     parts = {
         "blip2": Blip2ForConditionalGeneration(
             Blip2Config(vision_config=vision, qformer_config=qformer, text_config=llama, num_query_tokens=5)
