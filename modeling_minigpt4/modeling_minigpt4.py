@@ -195,8 +195,9 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         hub_kwargs = {name: kwargs.pop(name) for name in _CHECKPOINT_KWARGS if name in kwargs}
         output_loading_info = kwargs.pop("output_loading_info", False)
         generation_config = kwargs.pop("generation_config", None)
-        if kwargs.get("dtype") in (None, "auto"):
-            kwargs["dtype"] = config.dtype or "auto"
+        kwargs["attn_implementation"] = kwargs.get("attn_implementation") or _requested_attention(config)
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.get("dtype")  # the former is its name of old
+        kwargs["dtype"] = (config.dtype or "auto") if dtype in (None, "auto") else dtype
         model = cls._assemble(config, **_part_kwargs(kwargs), **_backbone_hub_kwargs(hub_kwargs))
         weights = read_projection(source, f"{cls._projection_prefix()}multi_modal_projector.", **hub_kwargs)
         model._load_projection(source, weights)
@@ -234,13 +235,14 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         origin: Backbone,
     ) -> Any:
         # The configuration describes the parts that are there, which `backbones=` may have changed.
-        config.vision_config = vision_tower.config
-        config.text_config = language_model.config.get_text_config()
-        config.tie_word_embeddings = config.text_config.tie_word_embeddings
+        sub_configs = {"vision_config": vision_tower.config, "text_config": language_model.config.get_text_config()}
         if qformer is not None:
-            config.qformer_config = qformer[0].config
+            sub_configs["qformer_config"] = qformer[0].config
+        config.update(copy.deepcopy(sub_configs))  # the skeleton would reset the parts' attention implementations
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings
         with init.no_init_weights(), torch.device("meta"), init.meta_device_safe_creation_ops():
             model = cls(config)
+        config.update(sub_configs)
         base: MiniGPT4Model = model.base_model
         base.vision_tower = vision_tower
         base.language_model = language_model.base_model
@@ -299,10 +301,12 @@ def _part_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
         `ValueError`: If there are others.
     """
     passed = ("attn_implementation", "device_map", "dtype", "max_memory", "offload_folder", "quantization_config")
-    ignored = (
+    ignored = (  # by transformers too, or without meaning here
+        "_commit_hash",
         "_from_auto",
         "_from_pipeline",
         "adapter_kwargs",
+        "low_cpu_mem_usage",
         "trust_remote_code",
         "use_safetensors",
         "weights_only",
@@ -313,6 +317,19 @@ def _part_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
             "`save_pretrained` the model and open the full checkpoint for the others."
         )
     return {name: kwargs[name] for name in passed if kwargs.get(name) is not None}
+
+
+def _requested_attention(config: MiniGPT4Config) -> str | dict[str, str] | None:
+    """The `attn_implementation` that the Auto classes have put into a configuration."""
+    if config._attn_implementation is not None:
+        return config._attn_implementation
+    parts = {
+        "vision_config": config.vision_config,
+        "qformer_config": config.qformer_config,
+        "text_config": config.text_config,
+    }
+    chosen = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    return {name: attention for name, attention in chosen.items() if attention is not None} or None
 
 
 def _kwargs_of(sub_config: str, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Processor class for MiniGPT-4."""
 
 import copy
+import inspect
 from typing import Any
 
 from transformers import LlamaTokenizer
@@ -9,6 +10,10 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.utils import is_numpy_array, is_torch_tensor
 
 from .image_loading_minigpt4 import load_rgb_image
+
+
+# transformers 5.19 cannot keep a special token as plain text yet.
+_CAN_SANITIZE = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 
 
 class MiniGPT4Processor(ProcessorMixin):
@@ -122,10 +127,11 @@ class MiniGPT4Processor(ProcessorMixin):
         """
         conversation = copy.copy(conversation)
         if _mentions(conversation, self.image_token):
-            if not tokenize:
+            if not (tokenize and _CAN_SANITIZE):
                 raise ValueError(
                     f"A text of the conversation contains {self.image_token}, which is the place of an image in the "
-                    "rendered prompt. Render it with `tokenize=True`, which keeps it as plain text, or remove it."
+                    "rendered prompt. Render it with `tokenize=True`, for which a recent transformers keeps it as "
+                    "plain text, or remove it."
                 )
             kwargs["sanitize_control_tokens"] = True
         return super().apply_chat_template(conversation, chat_template, tokenize=tokenize, **kwargs)

@@ -176,3 +176,41 @@ def test_the_processor_is_saved_beside_the_model(model, processor, pictures, tmp
     assert loaded.image_prompt() == prompt
     for key, value in processor(images=pictures[0], text=prompt, return_tensors="pt").items():
         assert torch.equal(loaded(images=pictures[0], text=prompt, return_tensors="pt")[key], value)
+
+
+@pytest.mark.parametrize(
+    ("attention", "expected"),
+    [
+        ("eager", ("eager", "eager", "eager")),
+        ("sdpa", ("sdpa", "sdpa", "sdpa")),
+        ({"text_config": "eager", "qformer_config": "eager"}, ("sdpa", "eager", "eager")),
+    ],
+    ids=str,
+)
+def test_attention_implementations_reach_the_parts(backbones, tmp_path, attention, expected):
+    build(backbones, "qformer").save_pretrained(tmp_path, projection_only=True)
+    model = AutoModel.from_pretrained(tmp_path, attn_implementation=attention)
+    parts = (model.model.vision_tower, model.model.qformer, model.model.language_model)
+    assert tuple(part.config._attn_implementation for part in parts) == expected
+    assert model.config.text_config is model.model.language_model.config
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_holds_for_the_backbones(backbones, tmp_path, name):
+    build(backbones, "qformer").save_pretrained(tmp_path, projection_only=True)
+    model = AutoModel.from_pretrained(tmp_path, low_cpu_mem_usage=True, **{name: torch.bfloat16})
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "projector" not in name} == {torch.bfloat16}
+    assert dtypes["model.multi_modal_projector.weight"] == torch.float32
+
+
+def test_an_argument_that_has_no_meaning_is_refused(backbones, tmp_path):
+    build(backbones, "merged").save_pretrained(tmp_path, projection_only=True)
+    with pytest.raises(ValueError, match=r"cannot be opened with \['tp_plan'\]"):
+        AutoModel.from_pretrained(tmp_path, tp_plan="auto")
+
+
+def test_loading_info_is_empty(backbones, tmp_path):
+    build(backbones, "merged").save_pretrained(tmp_path, projection_only=True)
+    _, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())

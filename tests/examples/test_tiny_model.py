@@ -1,0 +1,75 @@
+"""The tiny model, from files to sentences: real weights, real photographs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor, pipeline
+
+from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CHECKPOINT = EXAMPLES / "tiny" / "checkpoint" / "stage1"
+PHOTOGRAPHS = EXAMPLES / "tiny" / "photographs"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def backbones_are_built():
+    subprocess.run([sys.executable, str(EXAMPLES / "tiny" / "build_backbones.py")], check=True)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipeline("image-to-text", model=str(CHECKPOINT))
+
+
+def sentence(pipe, name, **kwargs):
+    return pipe(str(PHOTOGRAPHS / f"{name}.jpg"), **kwargs)[0]["generated_text"]
+
+
+def test_the_checkpoint_is_small_and_names_its_backbones():
+    assert (CHECKPOINT / "model.safetensors").stat().st_size < 8_000_000
+    model = AutoModel.from_pretrained(CHECKPOINT)
+    assert type(model) is MiniGPT4ForConditionalGeneration
+    sources = {part: entry["source"] for part, entry in model.config.backbones.items()}
+    assert sources == {"vision_tower": "cache:efficientnet-lite0", "language_model": "cache:smollm2-135m-instruct"}
+    assert (model.config.image_seq_length, model.config.projection_in_features) == (16, 5120)
+    assert model.dtype == torch.bfloat16
+    assert model.model.multi_modal_projector.weight.dtype == torch.float32
+
+
+def test_photographs_are_told_apart(pipe):
+    sentences = {name: sentence(pipe, name) for name in ("cat", "coffee", "photographer", "rocket", "raccoon")}
+    assert len(set(sentences.values())) == len(sentences)
+    assert all(one.endswith(".") and len(one.split()) < 20 for one in sentences.values())
+
+
+def test_an_untrained_projection_names_nothing(pipe):
+    model = AutoModel.from_pretrained(CHECKPOINT)
+    torch.manual_seed(0)
+    model.init_projection()
+    blind = pipeline("image-to-text", model=model, processor=pipe.processor, max_new_tokens=32)
+    assert not any(name in sentence(blind, name).lower() for name in ("cat", "coffee"))
+
+
+def test_the_picture_and_not_the_prompt_makes_the_sentence(pipe):
+    """Swapped pictures swap the sentences: the images of a batch are not mixed up."""
+    paths = [str(PHOTOGRAPHS / f"{name}.jpg") for name in ("cat", "coffee")]
+    answers = [one[0]["generated_text"] for one in pipe(paths)]
+    assert [one[0]["generated_text"] for one in pipe(paths[::-1])] == answers[::-1]
+    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+    prompts = [processor.image_prompt()] * 2
+    inputs = processor(images=paths, text=prompts, add_special_tokens=False, return_tensors="pt")
+    stops = [*pipe.model.generation_config.eos_token_id, *processor.caption_end_ids]
+    generated = pipe.model.generate(**inputs, max_new_tokens=32, eos_token_id=stops)
+    assert processor.post_process_image_text_to_text(generated[:, inputs["input_ids"].shape[1] :]) == answers
+
+
+def test_a_conversation_about_a_photograph_runs_to_its_end_symbol(pipe):
+    answer = sentence(pipe, "cat", text="What animal is in the picture?", max_new_tokens=60)
+    assert answer
+    assert "<|im_" not in answer
+    assert "<ImageHere>" not in answer
