@@ -25,7 +25,7 @@ setup(
         "transformers>=5.19,<6",
         "torch>=2.7",
         "safetensors>=0.6",
-        "huggingface-hub>=1.5,<3",
+        "huggingface-hub>=1.31,<3",
         "pillow>=10.1",
         "numpy>=1.26",
         "jinja2>=3.1",

@@ -39,11 +39,10 @@ def parse_arguments() -> argparse.Namespace:
 def describe(pipe: Any, source: str, prompt: str | None) -> dict[str, str]:
     """The record of a picture: what is said, or why it cannot be read."""
     try:
-        image = load_rgb_image(source, timeout=30)
+        return {"image": source, "text": pipe(load_rgb_image(source, timeout=30), text=prompt)[0]["generated_text"]}
     except ValueError as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {source}: {error}", file=sys.stderr)
         return {"image": source, "error": str(error)}
-    return {"image": source, "text": pipe(image, text=prompt)[0]["generated_text"]}
 
 
 def main() -> None:

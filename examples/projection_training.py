@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import SFTConfig, SFTTrainer
 
 
@@ -15,7 +17,7 @@ class ProjectionConfig(SFTConfig):
     """`SFTConfig` with the defaults that a frozen model with one trained layer wants."""
 
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations in backward. The frozen parts keep few of them."}
+        default=False, metadata={"help": "Not to be set: frozen parts stay in eval mode, where nothing is recomputed."}
     )
     bf16: bool | None = field(
         default=False, metadata={"help": "Autocast. The backbones have their dtype, and the projection is float32."}
@@ -27,8 +29,17 @@ class ProjectionConfig(SFTConfig):
     )
     save_dtype: str | None = field(
         default=None,
-        metadata={"help": "Dtype of the final projection, such as bfloat16. Defaults to float32, as trained."},
+        metadata={"help": "Dtype of the final projection: bfloat16, float16 or float32, as trained, the default."},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "Got gradient_checkpointing=True. Expected False: the frozen parts stay in eval mode, where "
+                "transformers recomputes nothing. Choose a smaller `per_device_train_batch_size` instead."
+            )
+        self.final_dtype = as_dtype(self.save_dtype or "float32")
 
 
 class ProjectionTrainer(SFTTrainer):
@@ -40,37 +51,75 @@ class ProjectionTrainer(SFTTrainer):
 
     def __init__(self, model: PreTrainedModel, **kwargs: Any):
         check_only_projection_trains(model)
+        # Keeps `Trainer` silent about the frozen weights when it resumes.
+        model._keys_to_ignore_on_save = [name for name in model.state_dict() if "multi_modal_projector." not in name]
+        self._is_final = False
+        self._logged_step, self._logged_at = 0, time.perf_counter()
         super().__init__(model=model, **kwargs)
         check_only_projection_trains(self.model)
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        # Keeps `Trainer` silent about them when it resumes.
-        model._keys_to_ignore_on_save = [*frozen, "lm_head.weight", *dict(model.named_buffers())]
-        self._logged = (0, time.perf_counter())
+        self.add_callback(_Stopwatch(self))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """On a CPU, scores only positions at which a row has a label: TRL's fused head scores all, in float32."""
+        if self.args.device.type != "cpu":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        scored = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(-1)
+        outputs = model(**inputs, logits_to_keep=scored)
+        targets = labels[:, scored + 1].flatten()
+        loss = fixed_cross_entropy(outputs.logits.flatten(0, 1).float(), targets, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
         model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(output_dir, state_dict=state_dict, projection_only=True)
+        weights = model.state_dict() if state_dict is None else state_dict
+        weights = {name: weight for name, weight in weights.items() if "multi_modal_projector." in name}
+        if self._is_final:
+            weights = {name: weight.to(self.args.final_dtype) for name, weight in weights.items()}
+        model.save_pretrained(output_dir, state_dict=weights, projection_only=True)
         self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def save_final(self) -> None:
+        """Writes the trained checkpoint, projection-only, to `output_dir`, in `save_dtype`."""
+        self._is_final = True
+        self.save_model()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             step, now = self.state.global_step, time.perf_counter()
             batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            logs["examples_per_second"] = round((step - self._logged[0]) * batch_size / (now - self._logged[1]), 2)
-            self._logged = (step, now)
+            logs["examples_per_second"] = round((step - self._logged_step) * batch_size / (now - self._logged_at), 2)
+            self._logged_step, self._logged_at = step, now
         super().log(logs, *args, **kwargs)
 
-    def save_final(self) -> None:
-        """Writes the trained checkpoint, projection-only, to `output_dir`."""
-        model = self.accelerator.unwrap_model(self.model)
-        weights = {name: weight for name, weight in model.state_dict().items() if "multi_modal_projector." in name}
-        if self.args.save_dtype is not None:
-            dtype = getattr(torch, self.args.save_dtype)
-            weights = {name: weight.to(dtype) for name, weight in weights.items()}
-        model.save_pretrained(self.args.output_dir, state_dict=weights, projection_only=True)
-        self.processing_class.save_pretrained(self.args.output_dir)
+
+class _Stopwatch(TrainerCallback):
+    """Starts the count of examples per second where training starts, which is not step 0 when it resumes."""
+
+    def __init__(self, trainer: ProjectionTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._logged_step, self.trainer._logged_at = state.global_step, time.perf_counter()
+
+
+def as_dtype(name: str) -> torch.dtype:
+    """
+    Raises:
+        `ValueError`: If it is no dtype that weights may have.
+    """
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in dtypes:
+        raise ValueError(f"Got the dtype {name!r}. Expected one of {', '.join(dtypes)}.")
+    return dtypes[name]
 
 
 def check_only_projection_trains(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from projection_training import ProjectionConfig, ProjectionTrainer, describe_parameters
+from projection_training import ProjectionConfig, ProjectionTrainer, as_dtype, describe_parameters
 from trl import TrlParser
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
@@ -46,7 +46,13 @@ class Stage1Arguments:
 
     def __post_init__(self) -> None:
         if isinstance(self.source_weights, str):
-            self.source_weights = json.loads(self.source_weights)
+            try:
+                self.source_weights = json.loads(self.source_weights)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"Got the source weights {self.source_weights!r}. Expected JSON, such as "
+                    '\'{"photographs": 1, "drawings": 2}\'.'
+                ) from error
 
 
 def build_model(arguments: Stage1Arguments) -> MiniGPT4ForConditionalGeneration:
@@ -57,7 +63,7 @@ def build_model(arguments: Stage1Arguments) -> MiniGPT4ForConditionalGeneration:
         arguments.qformer,
         image_size=arguments.image_size,
         config_kwargs={"token_merge_size": arguments.token_merge_size},
-        dtype=getattr(torch, arguments.dtype),
+        dtype=as_dtype(arguments.dtype),
         attn_implementation=arguments.attn_implementation,
     )
     model.freeze_backbones()

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 
 CACHE_PREFIX = "cache:"
@@ -132,7 +132,10 @@ def load_vision_tower(backbone: Backbone, overrides: dict[str, Any] | None = Non
     config = whole.vision_config if "vision_config" in whole.sub_configs else whole
     config.update(overrides or {})
     model_class = Blip2VisionModel if isinstance(config, Blip2VisionConfig) else AutoModel
-    return _load_part(model_class.from_pretrained, backbone, whole, config, kwargs)
+    model = _load_part(model_class.from_pretrained, backbone, whole, config, kwargs)
+    if model.main_input_name != "pixel_values":
+        raise ValueError(f"`{backbone.source}` is a {type(model).__name__}. Expected a vision encoder.")
+    return model
 
 
 def load_qformer(backbone: Backbone, **kwargs: Any) -> tuple[PreTrainedModel, torch.Tensor]:
@@ -161,8 +164,10 @@ def load_language_model(backbone: Backbone, **kwargs: Any) -> PreTrainedModel:
     """
     config = load_config(backbone, **_hub_kwargs(kwargs))
     text_config = config.get_text_config()
-    if text_config.is_encoder_decoder:
-        raise ValueError(f"`{backbone.source}` is an encoder-decoder (`{config.model_type}`). Expected a decoder.")
+    if config.model_type in _PREFIXES or text_config.is_encoder_decoder:
+        raise ValueError(
+            f"`{backbone.source}` is a `{config.model_type}`. Expected a decoder of its own as the language model."
+        )
     settings = text_config.to_dict()
     for name, neutral in {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}.items():
         if settings.get(name) not in (None, neutral):
@@ -173,12 +178,11 @@ def load_language_model(backbone: Backbone, **kwargs: Any) -> PreTrainedModel:
     return _load_part(AutoModelForCausalLM.from_pretrained, backbone, config, config, kwargs)
 
 
-def load_generation_config(backbone: Backbone, **kwargs: Any) -> GenerationConfig | None:
-    """The generation settings at a source, or `None` where there are none."""
-    source, hub_kwargs = backbone.resolve(), _hub_kwargs(kwargs)
-    if _find_file(source, "generation_config.json", revision=backbone.revision, **hub_kwargs) is None:
-        return None
-    return GenerationConfig.from_pretrained(source, revision=backbone.revision, **hub_kwargs)
+def load_generation_config(source: str, **checkpoint_kwargs: Any) -> GenerationConfig | None:
+    """The generation settings of a checkpoint, or `None` where there are none."""
+    path = _find_file(source, GENERATION_CONFIG_NAME, **checkpoint_kwargs)
+    # From where it was found: `GenerationConfig` looks past the subfolder of a local folder.
+    return None if path is None else GenerationConfig.from_pretrained(os.path.dirname(path))
 
 
 def has_tokenizer(backbone: Backbone, **kwargs: Any) -> bool:
@@ -187,9 +191,10 @@ def has_tokenizer(backbone: Backbone, **kwargs: Any) -> bool:
     return _find_file(source, "tokenizer_config.json", revision=backbone.revision, **_hub_kwargs(kwargs)) is not None
 
 
-def read_projection(source: str, prefix: str, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
-    """The tensors of the projection in a projection-only checkpoint, by their names behind `prefix`."""
-    return _read_tensors(Backbone("multi_modal_projector", source), prefix, **hub_kwargs)
+def read_projection(source: str, **checkpoint_kwargs: Any) -> dict[str, torch.Tensor]:
+    """`weight` and `bias` of the projection in a projection-only checkpoint, with or without a head."""
+    names = ("model.multi_modal_projector.", "multi_modal_projector.")
+    return _read_tensors(Backbone("multi_modal_projector", source), *names, **checkpoint_kwargs)
 
 
 def _load_part(
@@ -202,31 +207,40 @@ def _load_part(
     """Opens a part, and refuses one with missing weights, which transformers would fill at random."""
     prefixes = _PREFIXES.get(whole.model_type)
     if prefixes is None:
-        kwargs = {**kwargs, "revision": backbone.revision}
-        model, info = from_pretrained(backbone.resolve(), config=config, output_loading_info=True, **kwargs)
+        source, kwargs = backbone.resolve(), {**kwargs, "revision": backbone.revision}
     else:
         hub_kwargs = _hub_kwargs(kwargs)
         tensors = _read_tensors(backbone, prefixes[backbone.part], **hub_kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
-        model, info = from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True, **kwargs)
+        source, kwargs = None, {**kwargs, "state_dict": tensors}
+    try:
+        model, info = from_pretrained(source, config=config, output_loading_info=True, **kwargs)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights of the `{backbone.part}` in `{backbone.source}` cannot be loaded: {error} Is the image size "
+            "the one that it was trained with?"
+        ) from error
     # No visual token passes through a pooler.
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
         raise ValueError(
             f"`{backbone.source}` lacks {len(missing)} weights of the `{backbone.part}` ({type(model).__name__}): "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Expected a complete checkpoint."
         )
+    model.config.name_or_path = (
+        backbone.source
+    )  # saved with the configuration, where a path of this machine says nothing
     return model
 
 
-def _read_tensors(backbone: Backbone, prefix: str, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
-    """The tensors behind a prefix, without it. Only the shards that hold one are downloaded and opened."""
+def _read_tensors(backbone: Backbone, *prefixes: str, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
+    """The tensors behind some prefixes, without those. Only the shards that hold one are downloaded and opened."""
     source, where = backbone.resolve(), {"revision": backbone.revision, **hub_kwargs}
     index = _find_file(source, SAFE_WEIGHTS_INDEX_NAME, **where)
     if index is None:
         shards = [SAFE_WEIGHTS_NAME]
     else:
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted({shard for key, shard in weight_map.items() if key.startswith(prefix)})
+        shards = sorted({shard for key, shard in weight_map.items() if key.startswith(prefixes)})
     tensors = {}
     for shard in shards:
         path = _find_file(source, shard, **where)
@@ -234,10 +248,10 @@ def _read_tensors(backbone: Backbone, prefix: str, **hub_kwargs: Any) -> dict[st
             raise OSError(f"`{backbone.source}` has no file {shard}. Expected a checkpoint in safetensors format.")
         with safe_open(path, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118
-                if key.startswith(prefix):
+                if prefix := next((prefix for prefix in prefixes if key.startswith(prefix)), None):
                     tensors[key.removeprefix(prefix)] = weights.get_tensor(key)
     if not tensors:
-        raise ValueError(f"`{backbone.source}` holds no weights named `{prefix}...` for the `{backbone.part}`.")
+        raise ValueError(f"`{backbone.source}` holds no weights named `{prefixes[0]}...` for the `{backbone.part}`.")
     return tensors
 
 

@@ -42,6 +42,15 @@ from .backbones_minigpt4 import (
 )
 from .configuration_minigpt4 import MiniGPT4Config
 from .generation_minigpt4 import StopSequenceCriteria
+from .loading_minigpt4 import (
+    CHECKPOINT_KWARGS,
+    backbone_hub_kwargs,
+    device_key,
+    kwargs_of_part,
+    merge_backbones,
+    part_kwargs,
+    requested_attention,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -174,14 +183,16 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         if not isinstance(config, PreTrainedConfig):
-            hub_kwargs = {name: kwargs[name] for name in _CHECKPOINT_KWARGS if name in kwargs}
+            kept = (*CHECKPOINT_KWARGS, "dtype", "torch_dtype")  # the configuration would swallow them
+            hub_kwargs = {name: kwargs[name] for name in kept if name in kwargs}
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
             config, kwargs = cls.config_class.from_pretrained(
                 pretrained_model_name_or_path if config is None else config, return_unused_kwargs=True, **kwargs
             )
             kwargs = hub_kwargs | kwargs
         if config.backbones is not None:
             config = copy.deepcopy(config)
-            config.backbones = _merge_backbones(config.backbones, backbones or {})
+            config.backbones = merge_backbones(config.backbones, backbones or {})
             return cls._from_projection(str(pretrained_model_name_or_path), config, **kwargs)
         if backbones:
             raise ValueError(
@@ -192,18 +203,21 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _from_projection(cls, source: str, config: MiniGPT4Config, **kwargs: Any) -> Any:
-        hub_kwargs = {name: kwargs.pop(name) for name in _CHECKPOINT_KWARGS if name in kwargs}
+        hub_kwargs = {name: kwargs.pop(name) for name in CHECKPOINT_KWARGS if name in kwargs}
         output_loading_info = kwargs.pop("output_loading_info", False)
         generation_config = kwargs.pop("generation_config", None)
-        kwargs["attn_implementation"] = kwargs.get("attn_implementation") or _requested_attention(config)
+        kwargs["attn_implementation"] = kwargs.get("attn_implementation") or requested_attention(config)
         dtype = kwargs.pop("torch_dtype", None) or kwargs.get("dtype")  # the former is its name of old
         kwargs["dtype"] = (config.dtype or "auto") if dtype in (None, "auto") else dtype
-        model = cls._assemble(config, **_part_kwargs(kwargs), **_backbone_hub_kwargs(hub_kwargs))
-        weights = read_projection(source, f"{cls._projection_prefix()}multi_modal_projector.", **hub_kwargs)
-        model._load_projection(source, weights)
+        model = cls._assemble(config, **part_kwargs(kwargs), **backbone_hub_kwargs(hub_kwargs))
+        model._load_projection(source, read_projection(source, **hub_kwargs))
         model.config._name_or_path = model.name_or_path = source
         if model.can_generate():
-            model.generation_config = generation_config or _checkpoint_generation_config(source, model, hub_kwargs)
+            model.generation_config = (
+                generation_config
+                or load_generation_config(source, **hub_kwargs)
+                or GenerationConfig.from_model_config(model.config)
+            )
         info: dict[str, Any] = {
             "missing_keys": set(),
             "unexpected_keys": set(),
@@ -218,11 +232,11 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         backbones = {part: Backbone.from_entry(part, entry) for part, entry in config.backbones.items()}
         for backbone in backbones.values():
             backbone.resolve()  # what is missing is said before anything large is read
-        vision_tower = load_vision_tower(backbones["vision_tower"], **_kwargs_of("vision_config", kwargs))
+        vision_tower = load_vision_tower(backbones["vision_tower"], **kwargs_of_part("vision_config", kwargs))
         qformer = None
         if config.qformer_config is not None:
-            qformer = load_qformer(backbones["qformer"], **_kwargs_of("qformer_config", kwargs))
-        language_model = load_language_model(backbones["language_model"], **_kwargs_of("text_config", kwargs))
+            qformer = load_qformer(backbones["qformer"], **kwargs_of_part("qformer_config", kwargs))
+        language_model = load_language_model(backbones["language_model"], **kwargs_of_part("text_config", kwargs))
         return cls._from_parts(config, vision_tower, qformer, language_model, backbones["language_model"])
 
     @classmethod
@@ -250,22 +264,23 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
             base.qformer, tokens = qformer
             base.query_tokens = nn.Parameter(tokens)
         embeddings = base.language_model.get_input_embeddings().weight
-        base.multi_modal_projector.to_empty(device=embeddings.device)
+        base.multi_modal_projector.to_empty(device="cpu" if embeddings.is_meta else embeddings.device)
         if isinstance(model, MiniGPT4ForConditionalGeneration):
             model.lm_head = as_linear(language_model.get_output_embeddings(), origin)
         model._take_device_map(vision_tower, language_model)
         return model.eval()
 
     def _take_device_map(self, vision_tower: PreTrainedModel, language_model: PreTrainedModel) -> None:
-        """Tells Trainer and pipelines that the parts were already placed by a `device_map`."""
-        if "hf_device_map" in vars(language_model):
-            prefix = self._projection_prefix()
-            device = next(iter(language_model.hf_device_map.values()))
-            self.hf_device_map = {f"{prefix}language_model": device, f"{prefix}vision_tower": vision_tower.device}
-
-    @classmethod
-    def _projection_prefix(cls) -> str:
-        return "model." if issubclass(cls, MiniGPT4ForConditionalGeneration) else ""
+        """Tells Trainer and pipelines where a `device_map` has placed the parts."""
+        if "hf_device_map" not in vars(language_model):
+            return
+        prefix = "model." if isinstance(self, MiniGPT4ForConditionalGeneration) else ""
+        inner = f"{language_model.base_model_prefix}."
+        placed = {f"{prefix}vision_tower": vision_tower.device}
+        for name, device in language_model.hf_device_map.items():
+            head = name and not name.startswith(inner)
+            placed[name if head else f"{prefix}language_model.{name.removeprefix(inner)}".rstrip(".")] = device
+        self.hf_device_map = {name: device_key(device) for name, device in placed.items()}
 
     @torch.no_grad()
     def _load_projection(self, source: str, weights: dict[str, torch.Tensor]) -> None:
@@ -278,80 +293,6 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
                 f"{self.config.backbones} need {expected}. Use the backbones that it was trained with."
             )
         projector.load_state_dict(weights)
-
-
-# Arguments that say where a checkpoint lies, and those of them that hold for its backbones too.
-_CHECKPOINT_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-def _backbone_hub_kwargs(hub_kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
-
-
-def _merge_backbones(entries: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    if unknown := overrides.keys() - entries.keys():
-        raise ValueError(f"`backbones` names {sorted(unknown)}. Expected some of {sorted(entries)}.")
-    return {part: Backbone.from_entry(part, overrides.get(part, entry)).to_entry() for part, entry in entries.items()}
-
-
-def _part_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Of the arguments of `from_pretrained`, those that each part is opened with.
-
-    Raises:
-        `ValueError`: If there are others.
-    """
-    passed = ("attn_implementation", "device_map", "dtype", "max_memory", "offload_folder", "quantization_config")
-    ignored = (  # by transformers too, or without meaning here
-        "_commit_hash",
-        "_from_auto",
-        "_from_pipeline",
-        "adapter_kwargs",
-        "low_cpu_mem_usage",
-        "trust_remote_code",
-        "use_safetensors",
-        "weights_only",
-    )
-    if unknown := kwargs.keys() - {*passed, *ignored}:
-        raise ValueError(
-            f"A projection-only checkpoint cannot be opened with {sorted(unknown)}. Expected some of {passed}; "
-            "`save_pretrained` the model and open the full checkpoint for the others."
-        )
-    return {name: kwargs[name] for name in passed if kwargs.get(name) is not None}
-
-
-def _requested_attention(config: MiniGPT4Config) -> str | dict[str, str] | None:
-    """The `attn_implementation` that the Auto classes have put into a configuration."""
-    if config._attn_implementation is not None:
-        return config._attn_implementation
-    parts = {
-        "vision_config": config.vision_config,
-        "qformer_config": config.qformer_config,
-        "text_config": config.text_config,
-    }
-    chosen = {name: part._attn_implementation for name, part in parts.items() if part is not None}
-    return {name: attention for name, attention in chosen.items() if attention is not None} or None
-
-
-def _kwargs_of(sub_config: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that one part is opened with."""
-    kwargs = dict(kwargs)
-    attention = kwargs.pop("attn_implementation", None)
-    if isinstance(attention, dict):
-        attention = attention.get(sub_config)
-    elif sub_config != "text_config" and attention != "eager":
-        attention = None  # convolutions have no attention, and the Q-Former no flash attention
-    if attention is not None:
-        kwargs["attn_implementation"] = attention
-    if sub_config != "text_config":
-        kwargs.pop("quantization_config", None)
-    return kwargs
-
-
-def _checkpoint_generation_config(
-    source: str, model: "MiniGPT4ForConditionalGeneration", hub_kwargs: dict[str, Any]
-) -> GenerationConfig:
-    loaded = load_generation_config(Backbone("generation_config", source), **hub_kwargs)
-    return loaded or GenerationConfig.from_model_config(model.config)
 
 
 class MiniGPT4Model(MiniGPT4PreTrainedModel):
@@ -530,8 +471,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
                     "Images need `input_ids`, whose placeholders say where they stand: got `inputs_embeds`."
                 )
         else:
-            prefill = past_key_values is None or past_key_values.get_seq_length() == 0
-            inputs_embeds = self._embed(input_ids, visual_tokens, prefill)
+            inputs_embeds = self._embed(input_ids, visual_tokens)
         if position_ids is None and inputs_embeds is not None:
             position_ids = _positions(attention_mask, inputs_embeds.shape[1])
         outputs = self.language_model(
@@ -571,19 +511,18 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         tokens = encoded.pooler_output
         return tokens if isinstance(tokens, torch.Tensor) else torch.stack(tuple(tokens))
 
-    def _embed(self, input_ids: torch.Tensor, visual_tokens: torch.Tensor | None, prefill: bool) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor, visual_tokens: torch.Tensor | None) -> torch.Tensor:
         """Embeds text and puts the visual tokens into the places of the placeholders, whose id is never looked up."""
         mask = input_ids == self.config.image_token_id
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
         if visual_tokens is None:
-            if prefill:
-                torch_compilable_check(
-                    ~mask.any(),
-                    lambda: (
-                        f"The prompt has {int(mask.sum())} image placeholders (id {self.config.image_token_id}), but "
-                        "no images were given. Pass `pixel_values`, `image_features` or `mm_encoder_outputs`."
-                    ),
-                )
+            torch_compilable_check(
+                ~mask.any(),
+                lambda: (
+                    f"The prompt has {int(mask.sum())} image placeholders (id {self.config.image_token_id}), but no "
+                    "images were given. Pass `pixel_values`, `image_features` or `mm_encoder_outputs`."
+                ),
+            )
             return inputs_embeds
         num_tokens = visual_tokens.shape[0] * visual_tokens.shape[1]
         torch_compilable_check(
@@ -656,9 +595,9 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
     @classmethod
     def from_backbones(
         cls,
-        vision_tower: str | os.PathLike,
-        language_model: str | os.PathLike,
-        qformer: str | os.PathLike | None = None,
+        vision_tower: str | os.PathLike | dict[str, str],
+        language_model: str | os.PathLike | dict[str, str],
+        qformer: str | os.PathLike | dict[str, str] | None = None,
         *,
         image_size: int | None = None,
         image_token_index: int | None = None,
@@ -672,11 +611,12 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         model's own embeddings, and in float32.
 
         Args:
-            vision_tower (`str` or `os.PathLike`):
-                Repository, folder or `cache:NAME` of a vision encoder, or of a model with one: a BLIP-2, a CLIP, ...
-            language_model (`str` or `os.PathLike`):
+            vision_tower (`str`, `os.PathLike` or `dict`):
+                Repository, folder or `cache:NAME` of a vision encoder, or of a model with one: a BLIP-2, a CLIP, ... A
+                dictionary names a revision too: `{"source": ..., "revision": ...}`.
+            language_model (`str`, `os.PathLike` or `dict`):
                 The same of a decoder with its head.
-            qformer (`str` or `os.PathLike`, *optional*):
+            qformer (`str`, `os.PathLike` or `dict`, *optional*):
                 The same of a BLIP-2 or a MiniGPT-4 with a Q-Former. Without one, neighbouring patch tokens are merged.
             image_size (`int`, *optional*):
                 Side of the images in pixels, where it is not what the vision encoder's configuration says.
@@ -703,32 +643,38 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         backbones = {part: Backbone.from_entry(part, source) for part, source in sources.items() if source is not None}
         for backbone in backbones.values():
             backbone.resolve()
-        hub_kwargs = {name: kwargs.pop(name) for name in _CHECKPOINT_KWARGS if name in kwargs}
-        kwargs = _part_kwargs(kwargs) | _backbone_hub_kwargs(hub_kwargs)
+        if located := kwargs.keys() & {"revision", "subfolder"}:
+            raise ValueError(
+                f"Got {sorted(located)} for all parts at once. Expected it with the part that it belongs to: "
+                '{"source": "REPOSITORY", "revision": "..."}.'
+            )
+        hub_kwargs = {name: kwargs.pop(name) for name in CHECKPOINT_KWARGS if name in kwargs}
+        kwargs = part_kwargs(kwargs) | hub_kwargs
         overrides = {"image_size": image_size} if image_size else None
-        vision = load_vision_tower(backbones["vision_tower"], overrides, **_kwargs_of("vision_config", kwargs))
-        queries = load_qformer(backbones["qformer"], **_kwargs_of("qformer_config", kwargs)) if qformer else None
-        decoder = load_language_model(backbones["language_model"], **_kwargs_of("text_config", kwargs))
+        vision = load_vision_tower(backbones["vision_tower"], overrides, **kwargs_of_part("vision_config", kwargs))
+        queries = load_qformer(backbones["qformer"], **kwargs_of_part("qformer_config", kwargs)) if qformer else None
+        decoder = load_language_model(backbones["language_model"], **kwargs_of_part("text_config", kwargs))
         head = as_linear(decoder.get_output_embeddings(), backbones["language_model"])
         if image_token_index is None and has_tokenizer(backbones["language_model"], **hub_kwargs):
-            source = backbones["language_model"].resolve()
-            image_token_index = len(AutoTokenizer.from_pretrained(source, **_backbone_hub_kwargs(hub_kwargs)))
+            backbone = backbones["language_model"]
+            tokenizer = AutoTokenizer.from_pretrained(backbone.resolve(), revision=backbone.revision, **hub_kwargs)
+            image_token_index = len(tokenizer)
         feature_shape = _feature_shape(vision)
-        config = MiniGPT4Config(
-            vision_config=vision.config,
-            qformer_config=queries[0].config if queries else None,
-            text_config=decoder.config.get_text_config(),
-            num_query_tokens=queries[1].shape[1] if queries else 0,
-            vision_feature_size=feature_shape[1] if len(feature_shape) == 4 else feature_shape[2],
-            vision_feature_layer_norm=(
-                len(feature_shape) == 4 if vision_feature_layer_norm is None else vision_feature_layer_norm
-            ),
-            image_token_index=image_token_index,
-            lm_head_bias=head.bias is not None,
-            backbones={part: backbone.to_entry() for part, backbone in backbones.items()},
-            dtype=decoder.dtype,
-            **(config_kwargs or {}),
-        )
+        is_map = len(feature_shape) == 4
+        settings = {
+            # copies, since a configuration resets the attention implementations of its parts
+            "vision_config": copy.deepcopy(vision.config),
+            "qformer_config": copy.deepcopy(queries[0].config) if queries else None,
+            "text_config": copy.deepcopy(decoder.config.get_text_config()),
+            "num_query_tokens": queries[1].shape[1] if queries else 0,
+            "vision_feature_size": feature_shape[1] if is_map else feature_shape[2],
+            "vision_feature_layer_norm": is_map if vision_feature_layer_norm is None else vision_feature_layer_norm,
+            "image_token_index": image_token_index,
+            "lm_head_bias": head.bias is not None,
+            "backbones": {part: backbone.to_entry() for part, backbone in backbones.items()},
+            "dtype": decoder.dtype,
+        }
+        config = MiniGPT4Config(**settings | (config_kwargs or {}))
         model = cls._from_parts(config, vision, queries, decoder, backbones["language_model"])
         model.init_projection()
         model.generation_config = decoder.generation_config
@@ -848,7 +794,10 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         processors = super()._get_logits_processor(
             generation_config, input_ids_seq_length, encoder_input_ids=encoder_input_ids, **kwargs
         )
+        given = kwargs.get("logits_processor") or []
         for processor in processors:
+            if any(processor is one for one in given):
+                continue
             if isinstance(processor, RepetitionPenaltyLogitsProcessor):
                 processor.prompt_ignore_length = input_ids_seq_length or 0
             elif isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
@@ -857,6 +806,14 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         if self.config.image_token_id < self.config.text_config.vocab_size:  # a spare row of a padded vocabulary
             processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], self.device))
         return processors
+
+    def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        if generation_config.prompt_lookup_num_tokens is not None:
+            raise ValueError(
+                f"Got prompt_lookup_num_tokens={generation_config.prompt_lookup_num_tokens}. Expected None: prompt "
+                "lookup would propose image placeholders as text."
+            )
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, stopping_criteria: StoppingCriteriaList | None, **kwargs: Any

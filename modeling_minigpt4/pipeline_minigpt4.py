@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-from transformers import ImageTextToTextPipeline
+from transformers import ImageTextToTextPipeline, PreTrainedModel
 from transformers.image_utils import is_valid_image
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils.chat_template_utils import Chat
@@ -38,15 +38,16 @@ class MiniGPT4Pipeline(ImageTextToTextPipeline):
         """Answers about pictures.
 
         Args:
-            images (`str`, `PIL.Image.Image`, `list`, or a chat):
-                A picture or several, or a conversation with pictures in it.
+            images (`str`, `PIL.Image.Image`, `dict`, `list`, iterable, or a chat):
+                A picture or several, `{"image": ..., "text": ...}` or several, or a conversation with pictures in it.
             text (`str`, `list[str]`, or a chat, *optional*):
                 What to ask, about all pictures or about each. Defaults to what the checkpoint was trained to be asked.
             kwargs:
                 Parameters of [`~transformers.ImageTextToTextPipeline`], such as `max_new_tokens`.
 
         Returns:
-            `list[dict]`, or a list of those for several inputs: `generated_text` holds the answer.
+            `list[dict]`, or a list of those for several inputs, or a generator for an iterable: `generated_text` holds
+            the answer, and for a chat the conversation with the answer.
 
         Raises:
             `ValueError`: If a picture cannot be read, or if the numbers of pictures and texts differ.
@@ -55,44 +56,34 @@ class MiniGPT4Pipeline(ImageTextToTextPipeline):
             return super().__call__(images, text, **kwargs)
         if images is None and text is None:
             raise ValueError("Expected a picture, a text or a chat, got none.")
-        if images is None:
-            return super().__call__(text=_as_chats(text), **kwargs)
-        if isinstance(images, (list, tuple)):
-            texts = [text] * len(images) if text is None or isinstance(text, str) else list(text)
-            if len(texts) != len(images):
-                raise ValueError(f"Got {len(images)} pictures and {len(texts)} texts. Expected one text, or one each.")
-            return self._answer(
-                [_question(image, question) for image, question in zip(images, texts, strict=True)], kwargs
-            )
-        if _is_picture(images):
-            return self._answer(_question(images, text), kwargs)
-        return self._answer(images, kwargs)  # a dataset or a generator
-
-    def _answer(self, questions: Any, kwargs: dict[str, Any]) -> Any:
-        return super(ImageTextToTextPipeline, self).__call__(questions, **kwargs)
+        questions = _as_questions(images, text)
+        return super(ImageTextToTextPipeline, self).__call__(questions, **kwargs) if questions else []
 
     def preprocess(self, inputs: Any = None, timeout: float | None = None, **kwargs: Any) -> Any:
         if isinstance(inputs, Chat) or _is_chat(inputs):
             return super().preprocess(inputs if isinstance(inputs, Chat) else Chat(inputs), timeout, **kwargs)
         question = inputs if isinstance(inputs, dict) else _question(inputs, None)
-        image = question["image"] if "image" in question else question["images"]
+        images = question["image"] if "image" in question else question["images"]
+        images = images if isinstance(images, (list, tuple)) else [images]
         text = question.get("text") or self.processor.default_instruction
         if text is None:
-            processor_kwargs = {**kwargs.pop("processor_kwargs", {}), **kwargs, "add_special_tokens": False}
+            processor_kwargs = {**(kwargs.pop("processor_kwargs", None) or {}), **kwargs, "add_special_tokens": False}
             prompt = self.processor.image_prompt()
-            model_inputs = self.processor(images=image, text=prompt, return_tensors="pt", **processor_kwargs)
+            model_inputs = self.processor(images=images, text=prompt, return_tensors="pt", **processor_kwargs)
             model_inputs = model_inputs.to(dtype=self.dtype)
         else:
-            content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
-            model_inputs = super().preprocess(Chat([{"role": "user", "content": content}]), timeout, **kwargs)
+            pictures = [{"type": "image", "image": image} for image in images if image is not None]
+            messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+            model_inputs = super().preprocess(Chat(messages), timeout, **kwargs)
         model_inputs["text"] = text
         return model_inputs
 
     def _forward(self, model_inputs: Any, generate_kwargs: dict[str, Any] | None = None) -> Any:
-        if model_inputs["text"] is None:
+        prompts = model_inputs["text"] if isinstance(model_inputs["text"], list) else [model_inputs["text"]]
+        if all(prompt is None for prompt in prompts):
             # A stage-1 model ends a caption with a newline.
             known = self.model.generation_config.eos_token_id
-            known = known if isinstance(known, list) else [known]
+            known = [] if known is None else known if isinstance(known, list) else [known]
             generate_kwargs = {"eos_token_id": [*known, *self.processor.caption_end_ids], **(generate_kwargs or {})}
         prompt_length = model_inputs["input_ids"].shape[1]
         outputs = super()._forward(model_inputs, generate_kwargs)
@@ -111,6 +102,20 @@ class MiniGPT4Pipeline(ImageTextToTextPipeline):
         return [{"generated_text": text} for text in texts]
 
 
+def _as_questions(images: Any, text: str | list[str] | None) -> Any:
+    """What the pipeline is asked: a question, a list of them, or a generator of them."""
+    if isinstance(images, dict) or _is_picture(images):
+        return _question(images, text)
+    if images is None:
+        return _question(None, text) if isinstance(text, str) else [_question(None, one) for one in text or []]
+    if not isinstance(images, (list, tuple)):  # a data set or a generator
+        return (_question(one, text) for one in images)
+    texts = [text] * len(images) if text is None or isinstance(text, str) else list(text)
+    if len(texts) != len(images):
+        raise ValueError(f"Got {len(images)} pictures and {len(texts)} texts. Expected one text, or one each.")
+    return [_question(image, one) for image, one in zip(images, texts, strict=True)]
+
+
 def _is_picture(value: Any) -> bool:
     return isinstance(value, (str, bytes, Path, PIL.Image.Image)) or is_valid_image(value)
 
@@ -123,14 +128,10 @@ def _is_chat(value: Any) -> bool:
     return isinstance(first, dict) and "role" in first
 
 
-def _question(image: Any, text: str | None) -> dict[str, Any]:
+def _question(image: Any, text: Any) -> dict[str, Any]:
+    if isinstance(image, dict):
+        return image if text is None else {**image, "text": text}
     return {"image": image, "text": text}
-
-
-def _as_chats(text: str | list[str]) -> Any:
-    if isinstance(text, str):
-        return [{"role": "user", "content": [{"type": "text", "text": text}]}]
-    return [_as_chats(one) for one in text]
 
 
 class _RenamedTaskFilter(logging.Filter):
@@ -145,7 +146,9 @@ class _RenamedTaskFilter(logging.Filter):
             frame = frame.f_back
         if frame is None:
             return True
-        config = frame.f_locals.get("config") or getattr(frame.f_locals.get("model"), "config", None)
+        model, config = frame.f_locals.get("model"), frame.f_locals.get("config")
+        if config is None and isinstance(model, PreTrainedModel):
+            config = model.config
         return config is None or config.model_type != MiniGPT4Config.model_type
 
 

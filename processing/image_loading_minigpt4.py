@@ -78,7 +78,9 @@ def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bit(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert(image.mode.upper())
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         background = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(background, image)

@@ -86,10 +86,22 @@ def configure_generation(model: PreTrainedModel, processor: MiniGPT4Processor) -
             Its `generation_config` and its `config.stop_sequences` are changed.
         processor ([`MiniGPT4Processor`]):
             Knows the end symbol.
+
+    Raises:
+        `ValueError`: If the two differ in the placeholder's id, or in the visual tokens of an image.
     """
+    theirs = (model.config.image_token_id, model.config.image_seq_length)
+    ours = (processor.image_token_id, processor.num_image_tokens)
+    if theirs != ours:
+        raise ValueError(
+            f"The model has the placeholder id {theirs[0]} and {theirs[1]} visual tokens for an image, the processor "
+            f"{ours[0]} and {ours[1]}. Expected the same: build the processor with the language model's tokenizer and "
+            "`model.config.image_seq_length`."
+        )
     tokenizer = processor.tokenizer
     sequences = _tokenizations(tokenizer, processor.end_symbol) if processor.end_symbol else []
     single = {sequence[0] for sequence in sequences if len(sequence) == 1} | {tokenizer.eos_token_id}
+    model.generation_config._from_model_config = False
     model.generation_config.eos_token_id = sorted(single)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

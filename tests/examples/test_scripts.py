@@ -94,12 +94,13 @@ def test_stage_1_trains_the_projection_and_nothing_else(config, backbones, tmp_p
     assert AutoProcessor.from_pretrained(tmp_path).default_instruction is None
 
 
-def test_a_run_that_is_resumed_ends_as_one_that_was_not_interrupted(config, tmp_path):
-    run("train_stage1.py", "--config", config, "--output_dir", tmp_path / "whole")
-    run("train_stage1.py", "--config", config, "--output_dir", tmp_path / "halves", "--max_steps", 2)
-    resumed = run(
-        "train_stage1.py", "--config", config, "--output_dir", tmp_path / "halves", "--resume_from_checkpoint", "true"
-    )
+@pytest.mark.parametrize("language_model", ["gpt2", "llama"])
+def test_a_run_that_is_resumed_ends_as_one_that_was_not_interrupted(config, backbones, tmp_path, language_model):
+    command = ["train_stage1.py", "--config", config, "--language_model", backbones[language_model]]
+    command += ["--prompt_style", "native" if language_model == "gpt2" else "vicuna-v0", "--output_dir"]
+    run(*command, tmp_path / "whole")
+    run(*command, tmp_path / "halves", "--max_steps", 2)
+    resumed = run(*command, tmp_path / "halves", "--resume_from_checkpoint", "true")
     assert len(losses(resumed.stdout)) == 2
     assert "missing keys" not in resumed.stderr
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves")]
@@ -139,6 +140,10 @@ def test_training_refuses_to_start_where_anything_else_would_train(backbones):
         (["--prompt_style", "alpaca"], "error: Unknown prompt style 'alpaca'"),
         (["--token_merge_size", "5"], "error: The vision encoder gives 16 patch tokens"),
         (["--source_weights", '{"photographs": 1}'], "error: No row has the source"),
+        (["--source_weights", "photographs"], "error: Got the source weights 'photographs'. Expected JSON"),
+        (["--dtype", "bf16"], "error: Got the dtype 'bf16'. Expected one of bfloat16, float16, float32"),
+        (["--save_dtype", "bf16"], "error: Got the dtype 'bf16'. Expected one of bfloat16, float16, float32"),
+        (["--gradient_checkpointing", "true"], "error: Got gradient_checkpointing=True. Expected False"),
         (["--resume_from_checkpoint", "true"], "error: No valid checkpoint found"),
     ],
     ids=str,
@@ -168,7 +173,7 @@ def test_every_readable_picture_gets_its_sentence(checkpoint, pictures, tmp_path
     options = ["--model", checkpoint, "--max-new-tokens", 4]
     done = run("describe.py", *options, *paths, status=1)
     assert [line.split(": ")[0] for line in done.stdout.splitlines()] == [str(paths[0]), str(paths[2])]
-    assert f"error: The picture {paths[1]} cannot be read" in done.stderr
+    assert f"error: {paths[1]}: The picture {paths[1]} cannot be read" in done.stderr
     records = json.loads(run("describe.py", *options, "--json", *paths, status=1).stdout)
     assert [sorted(record) for record in records] == [["image", "text"], ["error", "image"], ["image", "text"]]
     asked = json.loads(run("describe.py", *options, "--json", "--prompt", "A cat?", paths[0]).stdout)

@@ -50,10 +50,11 @@ def test_a_full_checkpoint_depends_on_nothing_else(model, tmp_path):
 def test_the_headless_model_opens_both_kinds(model, tmp_path):
     for projection_only in (False, True):
         model.save_pretrained(tmp_path / str(projection_only), projection_only=projection_only)
-        headless = MiniGPT4Model.from_pretrained(tmp_path / "False")
+        headless = MiniGPT4Model.from_pretrained(tmp_path / str(projection_only))
         assert_same_weights(model.model, headless)
     model.model.save_pretrained(tmp_path / "headless", projection_only=True)
     assert_same_weights(model.model, MiniGPT4Model.from_pretrained(tmp_path / "headless"))
+    assert_same_weights(model, MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "headless"))
 
 
 def test_a_part_may_be_taken_from_elsewhere(backbones, tmp_path):
@@ -121,6 +122,8 @@ def test_a_missing_cache_folder_is_named_with_the_command_that_builds_it(backbon
     model = MiniGPT4ForConditionalGeneration.from_backbones(backbones["vit"], "cache:decoder")
     model.save_pretrained(tmp_path / "checkpoint", projection_only=True)
     assert_same_weights(model, AutoModel.from_pretrained(tmp_path / "checkpoint"))
+    decoder = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["text_config"]
+    assert decoder["_name_or_path"] == "cache:decoder", "and no path of this machine"
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(OSError, match=r"`cache:decoder`.*python examples/tiny/build_backbones.py") as error:
         AutoModel.from_pretrained(tmp_path / "checkpoint")
@@ -206,7 +209,7 @@ def test_a_dtype_holds_for_the_backbones(backbones, tmp_path, name):
 
 def test_an_argument_that_has_no_meaning_is_refused(backbones, tmp_path):
     build(backbones, "merged").save_pretrained(tmp_path, projection_only=True)
-    with pytest.raises(ValueError, match=r"cannot be opened with \['tp_plan'\]"):
+    with pytest.raises(ValueError, match=r"Frozen parts cannot be opened with \['tp_plan'\]"):
         AutoModel.from_pretrained(tmp_path, tp_plan="auto")
 
 
@@ -214,3 +217,43 @@ def test_loading_info_is_empty(backbones, tmp_path):
     build(backbones, "merged").save_pretrained(tmp_path, projection_only=True)
     _, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
+
+
+def test_dtype_auto_is_the_saved_dtype(backbones, tmp_path):
+    model = build(backbones, "qformer", dtype=torch.bfloat16)
+    for name, projection_only in (("full", False), ("projection", True)):
+        model.save_pretrained(tmp_path / name, projection_only=projection_only)
+        for opener in (AutoModel, MiniGPT4ForConditionalGeneration):
+            assert opener.from_pretrained(tmp_path / name, dtype="auto").lm_head.weight.dtype == torch.bfloat16
+
+
+def test_generation_settings_come_from_the_subfolder_of_the_weights(backbones, tmp_path):
+    model = build(backbones, "qformer")
+    model.save_pretrained(tmp_path, projection_only=True)
+    model.generation_config.eos_token_id = [2, 351]
+    model.save_pretrained(tmp_path / "inside", projection_only=True)
+    loaded = AutoModel.from_pretrained(tmp_path, subfolder="inside")
+    assert loaded.generation_config.eos_token_id == [2, 351]
+
+
+@pytest.mark.parametrize(
+    ("parts", "kwargs", "message"),
+    [
+        (("vit", "blip2", None), {}, "is a `blip-2`. Expected a decoder of its own"),
+        (("gpt2", "llama", None), {"image_size": 32}, "is a GPT2Model. Expected a vision encoder"),
+        (("vit", "llama", None), {"image_size": 64}, "Is the image size the one that it was trained with"),
+        (("resnet", "llama", None), {}, "has no `image_size`. Pass the side of the images"),
+        (("vit", "llama", None), {"revision": "main"}, r"Got \['revision'\] for all parts at once"),
+        (("vit", "llama", None), {"tp_plan": "auto"}, r"Frozen parts cannot be opened with \['tp_plan'\]"),
+    ],
+    ids=str,
+)
+def test_parts_that_do_not_go_together_are_refused(backbones, parts, kwargs, message):
+    vision, text, qformer = (backbones[part] if part else None for part in parts)
+    with pytest.raises(ValueError, match=message):
+        MiniGPT4ForConditionalGeneration.from_backbones(vision, text, qformer, **kwargs)
+
+
+def test_settings_of_the_configuration_can_be_given(backbones):
+    model = build(backbones, "merged", config_kwargs={"token_merge_size": 2, "initializer_range": 0.5})
+    assert (model.config.image_seq_length, model.config.initializer_range) == (8, 0.5)

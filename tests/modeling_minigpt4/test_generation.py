@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TextIteratorStreamer
 
 from modeling_minigpt4.generation_minigpt4 import StopSequenceCriteria
 from tests.recipes import question
@@ -153,3 +153,19 @@ def test_vicunas_end_symbol_is_known_in_every_way_that_it_is_written(model, proc
     for text in ("###", "A cat.###", "a cat ###", "a cat\n###"):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert any(ids[-len(way) :] == way for way in ways), text
+
+
+def test_a_static_cache_gives_the_same(model, processor, pictures):
+    inputs = prompt_inputs(processor, pictures)
+    assert torch.equal(generated(model, inputs, cache_implementation="static"), generated(model, inputs))
+
+
+def test_a_users_own_logits_processor_is_left_alone(model, processor, pictures):
+    own = RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=2)
+    generated(model, prompt_inputs(processor, pictures), logits_processor=LogitsProcessorList([own]))
+    assert own.prompt_ignore_length == 2
+
+
+def test_prompt_lookup_is_refused(model, processor, pictures):
+    with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens=3. Expected None"):
+        generated(model, prompt_inputs(processor, pictures), prompt_lookup_num_tokens=3)

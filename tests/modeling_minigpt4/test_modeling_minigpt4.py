@@ -107,6 +107,19 @@ def test_the_language_model_stays_bit_for_bit_what_it_was(backbones, qformer_mod
     assert qformer_model.lm_head.weight.shape == original.lm_head.weight.shape
 
 
+@pytest.mark.parametrize("attention", [None, "eager", "sdpa"])
+def test_no_token_sees_a_later_one(backbones, recipe, attention):
+    model = build(backbones, recipe, attn_implementation=attention)
+    assert model.model.language_model.config._attn_implementation == (attention or "sdpa")
+    input_ids = torch.arange(3, 15)[None]
+    changed = input_ids.clone()
+    changed[0, -1] = 20
+    before = model(input_ids=input_ids).logits
+    after = model(input_ids=changed).logits
+    torch.testing.assert_close(after[:, :-1], before[:, :-1])
+    assert not torch.allclose(after[:, -1], before[:, -1])
+
+
 def test_images_may_come_as_pixels_features_or_encoder_outputs(model, processor, pictures):
     inputs = inputs_of(processor, pictures)
     expected = model(**inputs).logits

@@ -2,11 +2,15 @@ import logging
 import subprocess
 import sys
 
+import datasets
 import pytest
 from transformers import ImageTextToTextPipeline, pipeline
 
-from modeling_minigpt4 import MiniGPT4Pipeline
+from modeling_minigpt4 import MiniGPT4Pipeline, MiniGPT4Processor
 from tests.recipes import question
+
+
+CAPTION_END_IDS = MiniGPT4Processor.caption_end_ids
 
 
 @pytest.fixture
@@ -81,7 +85,42 @@ def test_a_chat_is_continued(pipe, pictures):
 
 
 def test_text_alone_is_answered(pipe):
-    assert isinstance(pipe(text="Hello.")[0]["generated_text"][-1]["content"], str)
+    answer = answer_of(pipe(text="Hello."))
+    assert [answer_of(one) for one in pipe(text=["Hello.", "Hello."])] == [answer, answer]
+
+
+def test_pictures_with_their_texts_come_in_every_form(pipe, pictures):
+    expected = [answer_of(pipe(picture, text="A cat?")) for picture in pictures]
+    rows = [{"image": picture, "text": "A cat?"} for picture in pictures]
+    dataset = datasets.Dataset.from_dict({"image": pictures}).cast_column("image", datasets.Image())
+    for answers in (
+        pipe(rows),
+        pipe(pictures, text="A cat?"),
+        pipe((picture for picture in pictures), text="A cat?"),
+        pipe(dataset, text="A cat?"),
+        pipe(pictures, text="A cat?", batch_size=2),
+    ):
+        assert [answer_of(one) for one in answers] == expected
+    assert pipe([]) == []
+    assert answer_of(pipe({"images": pictures, "text": "What differs?"}))
+
+
+def test_a_batch_of_pictures_stops_as_each_alone_does(model, processor, pictures):
+    pipe = pipeline("image-to-text", model=model, processor=processor, max_new_tokens=6)
+    free = [answer_of(pipe(picture)) for picture in pictures]
+    first = processor.tokenizer.encode("A", add_special_tokens=False)
+    assert first
+    inputs = processor(
+        images=pictures[0], text=processor.image_prompt(), add_special_tokens=False, return_tensors="pt"
+    )
+    token = int(model.generate(**inputs, max_new_tokens=3)[0, -1])
+    type(processor).caption_end_ids = property(lambda self: [token])
+    try:
+        single = [answer_of(pipe(picture)) for picture in pictures]
+        assert single[0] != free[0]
+        assert [answer_of(one) for one in pipe(pictures, batch_size=3)] == single
+    finally:
+        type(processor).caption_end_ids = CAPTION_END_IDS
 
 
 def test_sampling_gives_several_answers(pipe, pictures):

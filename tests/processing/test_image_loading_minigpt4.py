@@ -50,6 +50,12 @@ def test_a_palette_keeps_its_colours_and_its_transparent_entry_becomes_white(tmp
     assert colour_of(saved(picture, tmp_path, "clear.png", transparency=0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_premultiplied_pictures_stand_on_white_too(mode):
+    whole = PIL.Image.new(mode.upper(), (4, 4), 0).convert(mode)
+    assert load_rgb_image(whole).getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_cmyk_becomes_rgb(tmp_path):
     path = saved(PIL.Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path, "picture.jpg", quality=95)
     assert np.allclose(colour_of(path), RED, atol=6)

@@ -138,6 +138,14 @@ def test_the_native_training_prompt_has_no_default_system_text(backbones):
     assert example["prompt"] == "<|turn|>user\n<Img><ImageHere></Img> What?<|end|>\n<|turn|>assistant\n"
 
 
+def test_a_processor_and_a_model_that_do_not_belong_together_are_refused(backbones):
+    from processing import configure_generation
+    from tests.recipes import build
+
+    with pytest.raises(ValueError, match=r"placeholder id 1500 and 5 visual tokens .* the processor 1500 and 6"):
+        configure_generation(build(backbones, "qformer"), build_processor(backbones["llama"], 6, 28, "vicuna-v0"))
+
+
 def test_an_unknown_style_is_refused(backbones):
     with pytest.raises(ValueError, match=r"'alpaca'. Expected one of vicuna-v0, llama-2, minigpt-v2, native"):
         build_processor(backbones["llama"], 5, 28, "alpaca")

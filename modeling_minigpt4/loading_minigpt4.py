@@ -1,0 +1,88 @@
+"""Which arguments of `from_pretrained` hold for a checkpoint, and which for each of its frozen parts."""
+
+from typing import Any
+
+import torch
+
+from .backbones_minigpt4 import Backbone
+from .configuration_minigpt4 import MiniGPT4Config
+
+
+# Arguments that say where a checkpoint lies.
+CHECKPOINT_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def backbone_hub_kwargs(hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of `CHECKPOINT_KWARGS`, those that hold for the backbones too, which lie elsewhere."""
+    return {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
+
+
+def device_key(device: torch.device | int | str) -> int | str:
+    """A device as device maps write it: the index of an accelerator, `"cpu"` or `"disk"`."""
+    if not isinstance(device, torch.device):
+        return device
+    return device.type if device.index is None else device.index
+
+
+def merge_backbones(entries: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The entries of `config.backbones`, some of them replaced.
+
+    Raises:
+        `ValueError`: If there is no such part.
+    """
+    if unknown := overrides.keys() - entries.keys():
+        raise ValueError(f"`backbones` names {sorted(unknown)}. Expected some of {sorted(entries)}.")
+    return {part: Backbone.from_entry(part, overrides.get(part, entry)).to_entry() for part, entry in entries.items()}
+
+
+def part_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of `from_pretrained`, those that each part is opened with.
+
+    Raises:
+        `ValueError`: If there are others.
+    """
+    passed = ("attn_implementation", "device_map", "dtype", "max_memory", "offload_folder", "quantization_config")
+    ignored = (  # by transformers too, or without meaning here
+        "_commit_hash",
+        "_from_auto",
+        "_from_pipeline",
+        "adapter_kwargs",
+        "low_cpu_mem_usage",
+        "trust_remote_code",
+        "use_safetensors",
+        "weights_only",
+    )
+    if unknown := kwargs.keys() - {*passed, *ignored}:
+        raise ValueError(
+            f"Frozen parts cannot be opened with {sorted(unknown)}. Expected some of {passed}; a full checkpoint, as "
+            "`save_pretrained` writes it, takes the others too."
+        )
+    return {name: kwargs[name] for name in passed if kwargs.get(name) is not None}
+
+
+def requested_attention(config: MiniGPT4Config) -> str | dict[str, str] | None:
+    """The `attn_implementation` that the Auto classes have put into a configuration."""
+    if config._attn_implementation is not None:
+        return config._attn_implementation
+    parts = {
+        "vision_config": config.vision_config,
+        "qformer_config": config.qformer_config,
+        "text_config": config.text_config,
+    }
+    chosen = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    return {name: attention for name, attention in chosen.items() if attention is not None} or None
+
+
+def kwargs_of_part(sub_config: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that one part is opened with: its own attention; quantization is for the language model only."""
+    kwargs = dict(kwargs)
+    attention = kwargs.pop("attn_implementation", None)
+    if isinstance(attention, dict):
+        attention = attention.get(sub_config)
+    elif sub_config != "text_config" and attention != "eager":
+        attention = None  # convolutions have no attention, and the Q-Former no flash attention
+    if attention is not None:
+        kwargs["attn_implementation"] = attention
+    if sub_config != "text_config":
+        kwargs.pop("quantization_config", None)
+    return kwargs
