@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     packages=["modeling_minigpt4", "processing"],
-    package_data={"modeling_minigpt4": ["py.typed"], "processing": ["py.typed", "chat_templates/*.jinja"]},
+    package_data={"modeling_minigpt4": ["py.typed"], "processing": ["py.typed", "*.txt", "chat_templates/*.jinja"]},
     python_requires=">=3.10",
     install_requires=[
         "transformers>=5.19,<6",

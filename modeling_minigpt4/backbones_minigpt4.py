@@ -26,10 +26,12 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 
 CACHE_PREFIX = "cache:"
+ORIGINAL_PREFIX = "original-"  # of the vision sides that the conversion of original checkpoints puts into the cache
 BUILD_TINY_BACKBONES = "python examples/tiny/build_backbones.py"
 
 # In a repository that holds a whole model, the part is what stands behind this prefix. By `model_type`.
 _PREFIXES = {
+    "blip_2_vision_model": {"vision_tower": ""},
     "blip-2": {"vision_tower": "vision_model.", "qformer": "qformer.", "query_tokens": "query_tokens"},
     "minigpt4": {
         "vision_tower": "model.vision_tower.",
@@ -81,12 +83,20 @@ class Backbone:
             folder = cache_directory() / self.source.removeprefix(CACHE_PREFIX)
             if not (folder / "config.json").is_file():
                 raise OSError(
-                    f"The backbone `{self.part}` is `{self.source}`, and there is no checkpoint in {folder}. Build it "
-                    f"with `{BUILD_TINY_BACKBONES}`, set MINIGPT4_CACHE to the folder that holds it, or name another "
-                    f'one with `from_pretrained(..., backbones={{"{self.part}": "REPOSITORY_OR_FOLDER"}})`.'
+                    f"The backbone `{self.part}` is `{self.source}`, and there is no checkpoint in {folder}. "
+                    f"{self._how_to_build()}, set MINIGPT4_CACHE to the folder that holds it, or name another one with "
+                    f'`from_pretrained(..., backbones={{"{self.part}": "REPOSITORY_OR_FOLDER"}})`.'
                 )
             return str(folder)
         return self.source
+
+    def _how_to_build(self) -> str:
+        if self.source.startswith(CACHE_PREFIX + ORIGINAL_PREFIX):
+            return (
+                "Convert the original's files again with "
+                "`python -m modeling_minigpt4.convert_minigpt4_original_to_hf --projection-only ...`"
+            )
+        return f"Build it with `{BUILD_TINY_BACKBONES}`"
 
 
 def cache_directory() -> Path:
@@ -120,17 +130,19 @@ def load_config(backbone: Backbone, **hub_kwargs: Any) -> PreTrainedConfig:
         ) from error
 
 
-def load_vision_tower(backbone: Backbone, overrides: dict[str, Any] | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_vision_tower(backbone: Backbone, image_size: int | None = None, **kwargs: Any) -> PreTrainedModel:
     """Opens the vision encoder: a model of its own, or that of a BLIP-2, a MiniGPT-4, a CLIP, ...
 
     Args:
         backbone ([`Backbone`]): Where it lies.
-        overrides (`dict`, *optional*): Settings of its configuration to change, such as `image_size`.
+        image_size (`int`, *optional*): Side of the images in pixels, where it is not what the configuration says.
+            BLIP-2's position embeddings are interpolated to it.
         kwargs: Passed to `from_pretrained`.
     """
     whole = load_config(backbone, **_hub_kwargs(kwargs))
     config = whole.vision_config if "vision_config" in whole.sub_configs else whole
-    config.update(overrides or {})
+    if image_size is not None:
+        config.image_size = image_size
     model_class = Blip2VisionModel if isinstance(config, Blip2VisionConfig) else AutoModel
     model = _load_part(model_class.from_pretrained, backbone, whole, config, kwargs)
     if model.main_input_name != "pixel_values":
@@ -211,6 +223,8 @@ def _load_part(
     else:
         hub_kwargs = _hub_kwargs(kwargs)
         tensors = _read_tensors(backbone, prefixes[backbone.part], **hub_kwargs)
+        if isinstance(config, Blip2VisionConfig):
+            tensors = fit_position_embedding(tensors, config)
         kwargs = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
         source, kwargs = None, {**kwargs, "state_dict": tensors}
     try:
@@ -232,6 +246,30 @@ def _load_part(
     return model
 
 
+def fit_position_embedding(tensors: dict[str, torch.Tensor], config: Blip2VisionConfig) -> dict[str, torch.Tensor]:
+    """Interpolates the position embeddings of BLIP-2's vision encoder to another grid of patches, as the original does
+    for the 448 pixels of MiniGPT-v2 (`interpolate_pos_embed` in its `eva_vit.py`): bicubic, in float32, the class
+    token's left as it is.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): Weights of the encoder.
+        config ([`~transformers.Blip2VisionConfig`]): Its sizes, with the `image_size` that is wanted.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The weights, with a position for every patch.
+    """
+    name = "embeddings.position_embedding"
+    position = tensors.get(name)
+    grid = config.image_size // config.patch_size
+    if position is None or position.shape[1] == 1 + grid**2:
+        return tensors
+    trained = round((position.shape[1] - 1) ** 0.5)
+    patches = position[:, 1:].float().unflatten(1, (trained, trained)).permute(0, 3, 1, 2)
+    patches = nn.functional.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    patches = patches.permute(0, 2, 3, 1).flatten(1, 2)
+    return {**tensors, name: torch.cat([position[:, :1].float(), patches], dim=1)}
+
+
 def _read_tensors(backbone: Backbone, *prefixes: str, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
     """The tensors behind some prefixes, without those. Only the shards that hold one are downloaded and opened."""
     source, where = backbone.resolve(), {"revision": backbone.revision, **hub_kwargs}
@@ -248,7 +286,8 @@ def _read_tensors(backbone: Backbone, *prefixes: str, **hub_kwargs: Any) -> dict
             raise OSError(f"`{backbone.source}` has no file {shard}. Expected a checkpoint in safetensors format.")
         with safe_open(path, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118
-                if prefix := next((prefix for prefix in prefixes if key.startswith(prefix)), None):
+                prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+                if prefix is not None:
                     tensors[key.removeprefix(prefix)] = weights.get_tensor(key)
     if not tensors:
         raise ValueError(f"`{backbone.source}` holds no weights named `{prefixes[0]}...` for the `{backbone.part}`.")

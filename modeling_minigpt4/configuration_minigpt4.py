@@ -52,6 +52,12 @@ class MiniGPT4Config(PreTrainedConfig):
         vision_feature_layer_norm (`bool`, *optional*, defaults to `False`):
             Whether to apply a layer norm without parameters to the patch tokens, for an encoder that does not end in
             one.
+        vision_post_layernorm_eps (`float`, *optional*, defaults to 1e-05):
+            Epsilon of the layer norm behind BLIP-2's vision encoder (`ln_vision` in the original). transformers'
+            BLIP-2 takes that of the layer norms inside the encoder, 1e-6.
+        vision_post_layernorm_affine (`bool`, *optional*, defaults to `True`):
+            Whether that layer norm has a scale and a shift. The original's LLaMA-2 variant and MiniGPT-v2 neither load
+            nor train them.
         image_seq_length (`int`, *optional*):
             Visual tokens of an image. Defaults to `num_query_tokens` with a Q-Former, and to the number of merged
             patches where the vision configuration has `image_size` and `patch_size`.
@@ -93,6 +99,8 @@ class MiniGPT4Config(PreTrainedConfig):
     token_merge_size: int = 4
     vision_feature_size: int | None = None
     vision_feature_layer_norm: bool = False
+    vision_post_layernorm_eps: float = 1e-5
+    vision_post_layernorm_affine: bool = True
     image_seq_length: int | None = None
     image_token_index: int | None = None
     stop_sequences: list[list[int]] | None = None

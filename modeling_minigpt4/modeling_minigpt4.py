@@ -232,15 +232,14 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         backbones = {part: Backbone.from_entry(part, entry) for part, entry in config.backbones.items()}
         for backbone in backbones.values():
             backbone.resolve()  # what is missing is said before anything large is read
-        vision_tower = load_vision_tower(backbones["vision_tower"], **kwargs_of_part("vision_config", kwargs))
-        qformer = None
-        if config.qformer_config is not None:
-            qformer = load_qformer(backbones["qformer"], **kwargs_of_part("qformer_config", kwargs))
-        language_model = load_language_model(backbones["language_model"], **kwargs_of_part("text_config", kwargs))
-        return cls._from_parts(config, vision_tower, qformer, language_model, backbones["language_model"])
+        if config.qformer_config is None:
+            backbones.pop("qformer", None)
+        # BLIP-2's position embeddings are interpolated; other encoders are as large as they are.
+        image_size = config.vision_config.image_size if isinstance(config.vision_config, Blip2VisionConfig) else None
+        return cls.from_parts(config, *_open_parts(backbones, image_size, kwargs), backbones["language_model"])
 
     @classmethod
-    def _from_parts(
+    def from_parts(
         cls,
         config: MiniGPT4Config,
         vision_tower: PreTrainedModel,
@@ -248,6 +247,18 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         language_model: PreTrainedModel,
         origin: Backbone,
     ) -> Any:
+        """Puts opened parts together. The projection is still to be filled in.
+
+        Args:
+            config ([`MiniGPT4Config`]): The configuration, which takes over those of the parts.
+            vision_tower ([`~transformers.PreTrainedModel`]): The vision encoder.
+            qformer (`tuple`, *optional*): The Q-Former and its query tokens.
+            language_model ([`~transformers.PreTrainedModel`]): A decoder with its head.
+            origin ([`Backbone`]): Where the language model comes from, for errors.
+
+        Returns:
+            The model, in eval mode.
+        """
         # The configuration describes the parts that are there, which `backbones=` may have changed.
         sub_configs = {"vision_config": vision_tower.config, "text_config": language_model.config.get_text_config()}
         if qformer is not None:
@@ -259,6 +270,8 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         config.update(sub_configs)
         base: MiniGPT4Model = model.base_model
         base.vision_tower = vision_tower
+        if isinstance(vision_tower, Blip2VisionModel):
+            _set_post_layernorm(vision_tower, config)
         base.language_model = language_model.base_model
         if qformer is not None:
             base.qformer, tokens = qformer
@@ -307,6 +320,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         super().__init__(config)
         if isinstance(config.vision_config, Blip2VisionConfig):
             self.vision_tower = Blip2VisionModel._from_config(config.vision_config)
+            _set_post_layernorm(self.vision_tower, config)
         else:
             self.vision_tower = AutoModel.from_config(config.vision_config)
         if config.qformer_config is None:
@@ -537,6 +551,18 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens)
 
 
+def _open_parts(
+    backbones: dict[str, Backbone], image_size: int | None, kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, tuple[PreTrainedModel, torch.Tensor] | None, PreTrainedModel]:
+    """The vision encoder, the Q-Former with its query tokens, and the language model."""
+    vision_tower = load_vision_tower(backbones["vision_tower"], image_size, **kwargs_of_part("vision_config", kwargs))
+    qformer = None
+    if "qformer" in backbones:
+        qformer = load_qformer(backbones["qformer"], **kwargs_of_part("qformer_config", kwargs))
+    language_model = load_language_model(backbones["language_model"], **kwargs_of_part("text_config", kwargs))
+    return vision_tower, qformer, language_model
+
+
 def _positions(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
     """Positions of the last tokens, without padding, which decoders with learned positions would count."""
     if attention_mask is None or attention_mask.ndim != 2:
@@ -546,6 +572,16 @@ def _positions(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor
 
 def _is_trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _set_post_layernorm(vision_tower: Blip2VisionModel, config: MiniGPT4Config) -> None:
+    """Makes the layer norm behind the vision encoder the original's `ln_vision`."""
+    if config.vision_post_layernorm_affine:
+        vision_tower.post_layernorm.eps = config.vision_post_layernorm_eps
+    else:
+        vision_tower.post_layernorm = nn.LayerNorm(
+            config.vision_config.hidden_size, eps=config.vision_post_layernorm_eps, elementwise_affine=False
+        )
 
 
 def _check_qformer_width(config: MiniGPT4Config) -> None:
@@ -650,10 +686,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             )
         hub_kwargs = {name: kwargs.pop(name) for name in CHECKPOINT_KWARGS if name in kwargs}
         kwargs = part_kwargs(kwargs) | hub_kwargs
-        overrides = {"image_size": image_size} if image_size else None
-        vision = load_vision_tower(backbones["vision_tower"], overrides, **kwargs_of_part("vision_config", kwargs))
-        queries = load_qformer(backbones["qformer"], **kwargs_of_part("qformer_config", kwargs)) if qformer else None
-        decoder = load_language_model(backbones["language_model"], **kwargs_of_part("text_config", kwargs))
+        vision, queries, decoder = _open_parts(backbones, image_size, kwargs)
         head = as_linear(decoder.get_output_embeddings(), backbones["language_model"])
         if image_token_index is None and has_tokenizer(backbones["language_model"], **hub_kwargs):
             backbone = backbones["language_model"]
@@ -675,7 +708,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             "dtype": decoder.dtype,
         }
         config = MiniGPT4Config(**settings | (config_kwargs or {}))
-        model = cls._from_parts(config, vision, queries, decoder, backbones["language_model"])
+        model = cls.from_parts(config, vision, queries, decoder, backbones["language_model"])
         model.init_projection()
         model.generation_config = decoder.generation_config
         return model

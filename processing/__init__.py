@@ -3,7 +3,7 @@
 from .image_loading_minigpt4 import load_rgb_image
 from .processing_minigpt4 import MiniGPT4Processor
 from .prompt_styles import PROMPT_STYLES, build_processor, configure_generation
-from .stage_examples import stage1_example, stage2_example
+from .stage_examples import stage1_example, stage2_example, stage2_instructions
 
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "load_rgb_image",
     "stage1_example",
     "stage2_example",
+    "stage2_instructions",
 ]

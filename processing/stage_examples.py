@@ -1,5 +1,6 @@
 """Training examples of both stages, as TRL's prompt-completion records."""
 
+from pathlib import Path
 from typing import Any
 
 from .processing_minigpt4 import MiniGPT4Processor
@@ -47,6 +48,13 @@ def stage2_example(image: Any, caption: str, processor: MiniGPT4Processor, instr
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], chat_template="training")
     completion = _checked(caption, processor) + (processor.end_symbol or "")
     return {"images": [image], "prompt": prompt, "completion": completion}
+
+
+def stage2_instructions() -> list[str]:
+    """The four instructions that the original trains stage 2 with, from its `prompts/alignment.txt`, without the image in
+    front of them."""
+    path = Path(__file__).with_name("alignment_instructions.txt")
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def _checked(text: str, processor: MiniGPT4Processor) -> str:

@@ -111,7 +111,7 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         parts["blip2"].query_tokens.normal_()
     for name, model in parts.items():
         model.eval().save_pretrained(root / name)
-    AutoTokenizer.from_pretrained(FIXTURES / "original").save_pretrained(root / "llama")
+    AutoTokenizer.from_pretrained(FIXTURES / "original" / "llm").save_pretrained(root / "llama")
     _add_legacy_flag(root / "llama")
     _byte_level_tokenizer().save_pretrained(root / "gpt2")
     return {name: str(root / name) for name in parts}

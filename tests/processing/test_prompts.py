@@ -18,7 +18,7 @@ NUM_IMAGE_TOKENS = 3
 
 @pytest.fixture(params=list(STYLES))
 def expected(request):
-    return json.loads((FIXTURES / "original" / f"expected_{request.param}.json").read_text(encoding="utf-8"))
+    return json.loads((FIXTURES / "original" / request.param / "expected.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
