@@ -84,8 +84,8 @@ class Backbone:
             if not (folder / "config.json").is_file():
                 raise OSError(
                     f"The backbone `{self.part}` is `{self.source}`, and there is no checkpoint in {folder}. "
-                    f"{self._how_to_build()}, set MINIGPT4_CACHE to the folder that holds it, or name another one with "
-                    f'`from_pretrained(..., backbones={{"{self.part}": "REPOSITORY_OR_FOLDER"}})`.'
+                    f"{self._how_to_build()}, set MINIGPT4_CACHE to the folder that holds it, or name another one "
+                    f'with `from_pretrained(..., backbones={{"{self.part}": "REPOSITORY_OR_FOLDER"}})`.'
                 )
             return str(folder)
         return self.source

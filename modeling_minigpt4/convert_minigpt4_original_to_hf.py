@@ -6,8 +6,8 @@ python -m modeling_minigpt4.convert_minigpt4_original_to_hf \\
     --language-model vicuna-7b-v0 --prompt-style vicuna-v0 --output minigpt4-vicuna-7b
 ```
 
-The result is opened by `AutoModel.from_pretrained` and `AutoProcessor.from_pretrained`. Sizes are read off the tensors.
-With `--projection-only`, the folder holds the projection alone, and names where the frozen parts come from.
+The result is opened by `AutoModel.from_pretrained` and `AutoProcessor.from_pretrained`. Sizes are read off the
+tensors. With `--projection-only`, the folder holds the projection alone, and names where the frozen parts come from.
 """
 
 import hashlib
@@ -157,7 +157,7 @@ def convert(arguments: ConversionArguments) -> None:
 
 
 def _check_arguments(arguments: ConversionArguments) -> None:
-    choices = {
+    choices: dict[str, tuple[str | int, list]] = {
         "prompt-style": (arguments.prompt_style, [style for style in PROMPT_STYLES if style != "native"]),
         "dtype": (arguments.dtype, list(_DTYPES)),
         "stage": (arguments.stage, [1, 2]),
@@ -328,7 +328,7 @@ def _projection_alone(
         part: {"source": str(Path(name).resolve()) if Path(name).is_dir() else name} for part, name in sources.items()
     }
     with torch.device("meta"):
-        model = MiniGPT4ForConditionalGeneration(config)
+        model = MiniGPT4ForConditionalGeneration(config).to(_DTYPES[arguments.dtype])
     model.model.multi_modal_projector.to_empty(device="cpu").float()
     model.generation_config = GenerationConfig()
     return model
@@ -383,7 +383,7 @@ def _merge_lora(language_model: PreTrainedModel, checkpoint: OriginalCheckpoint,
 def _save_adapter(checkpoint: OriginalCheckpoint, arguments: ConversionArguments, folder: Path) -> None:
     """Writes the LoRA matrices as a PEFT adapter of the converted model."""
     folder.mkdir()
-    # In a PEFT model the wrapped one is `base_model.model`, and in that the language model's body lacks its own `model.`.
+    # A PEFT model calls what it wraps `base_model.model`; here the language model's body has no `model.` of its own.
     modules = {module: f"model.language_model.{module.removeprefix('model.')}" for module in checkpoint.lora}
     LoraConfig(
         r=next(iter(checkpoint.lora.values()))["A"].shape[0],
@@ -391,7 +391,7 @@ def _save_adapter(checkpoint: OriginalCheckpoint, arguments: ConversionArguments
         target_modules=sorted(modules.values()),
         base_model_name_or_path=arguments.push_to_hub or os.fspath(arguments.output),
         inference_mode=True,
-    ).save_pretrained(folder)
+    ).save_pretrained(str(folder))
     weights = {
         f"base_model.model.{modules[module]}.lora_{matrix}.weight": weight.contiguous()
         for module, matrices in checkpoint.lora.items()
@@ -401,7 +401,7 @@ def _save_adapter(checkpoint: OriginalCheckpoint, arguments: ConversionArguments
 
 
 def main() -> None:
-    parser = HfArgumentParser(ConversionArguments, description=__doc__)  # type: ignore[arg-type]
+    parser = HfArgumentParser(ConversionArguments, description=__doc__)
     (arguments,) = parser.parse_args_into_dataclasses()
     try:
         convert(arguments)

@@ -114,8 +114,8 @@ def read_vision_encoder(path: str | Path) -> tuple[Blip2VisionConfig, OriginalFi
     grid = round((position.shape[1] - 1) ** 0.5)
     if grid**2 + 1 != position.shape[1] or hidden_size % _VISION_HEAD_SIZE:
         raise ValueError(
-            f"The `pos_embed` in {path} has the shape {tuple(position.shape)}. Expected (1, 1 + n², {_VISION_HEAD_SIZE}"
-            " · heads): a class token and a square grid of patches."
+            f"The `pos_embed` in {path} has the shape {tuple(position.shape)}. Expected (1, 1 + n², "
+            f"{_VISION_HEAD_SIZE} · heads): a class token and a square grid of patches."
         )
     config = Blip2VisionConfig(
         hidden_size=hidden_size,
@@ -127,9 +127,11 @@ def read_vision_encoder(path: str | Path) -> tuple[Blip2VisionConfig, OriginalFi
         layer_norm_eps=1e-6,
     )
     unused = [name for name in weights if _UNUSED_IN_VISION.fullmatch(name) or name.startswith(f"blocks.{depth}.")]
-    for layer in range(depth):
-        _join_qkv_bias(weights, f"blocks.{layer}.attn.", hidden_size)
+    missing = [
+        name for layer in range(depth) for name in _join_qkv_bias(weights, f"blocks.{layer}.attn.", hidden_size)
+    ]
     file = _rename(path, weights, _vision_names(depth), unused, Blip2VisionModel, config, left_out="post_layernorm.")
+    file.problems += [f"{path}: missing {name}" for name in missing]
     return config, file
 
 
@@ -230,7 +232,7 @@ def check_lora(path: str | Path, checkpoint: OriginalCheckpoint, language_model:
     Args:
         path (`str` or `Path`): The checkpoint's file.
         checkpoint ([`OriginalCheckpoint`]): What it holds.
-        language_model ([`~transformers.PreTrainedModel`]): The language model, whose weights may be on the meta device.
+        language_model ([`~transformers.PreTrainedModel`]): The language model; a meta device will do.
     """
     shapes = {name: tuple(weight.shape) for name, weight in language_model.named_parameters()}
     problems = []
@@ -242,8 +244,8 @@ def check_lora(path: str | Path, checkpoint: OriginalCheckpoint, language_model:
             received = (matrices["B"].shape[0], matrices["A"].shape[1])
             if received != expected or matrices["A"].shape[0] != matrices["B"].shape[1]:
                 problems.append(
-                    f"{path}: lora_A {tuple(matrices['A'].shape)} and lora_B {tuple(matrices['B'].shape)} of {module}, "
-                    f"whose weight has the shape {expected}"
+                    f"{path}: lora_A {tuple(matrices['A'].shape)} and lora_B {tuple(matrices['B'].shape)} of "
+                    f"{module}, whose weight has the shape {expected}"
                 )
     return problems
 
@@ -296,18 +298,12 @@ def _count_layers(weights: dict[str, torch.Tensor], pattern: str, path: str | Pa
     return max(layers) + 1
 
 
-def _join_qkv_bias(weights: dict[str, torch.Tensor], prefix: str, size: int) -> None:
-    """One bias instead of two: that of the keys is zero, and is not in the file."""
-    biases = [weights.get(f"{prefix}q_bias"), weights.get(f"{prefix}v_bias")]
-    if biases[0] is not None and biases[1] is not None:
-        zeros = torch.zeros(size, dtype=biases[0].dtype)
-        weights[f"{prefix}qkv.bias"] = torch.cat(
-            [weights.pop(f"{prefix}q_bias"), zeros, weights.pop(f"{prefix}v_bias")]
-        )
-
-
-def _original_name(name: str) -> str:
-    return name.replace("attn.qkv.bias", "attn.q_bias and attn.v_bias")
+def _join_qkv_bias(weights: dict[str, torch.Tensor], prefix: str, size: int) -> list[str]:
+    """Makes one bias of two: that of the keys is zero, and is not in the file. Returns those that are missing."""
+    biases = {name: weights.pop(f"{prefix}{name}", None) for name in ("q_bias", "v_bias")}
+    query, value = (torch.zeros(size) if bias is None else bias for bias in biases.values())
+    weights[f"{prefix}qkv.bias"] = torch.cat([query, torch.zeros(size, dtype=query.dtype), value])
+    return [f"{prefix}{name}" for name, bias in biases.items() if bias is None]
 
 
 def _vision_names(depth: int) -> dict[str, str]:
@@ -352,7 +348,7 @@ def _rename(
     with torch.device("meta"):
         expected = {name: tuple(weight.shape) for name, weight in model_class(config).state_dict().items()}
     used = {name: weight for name, weight in weights.items() if name not in unused}
-    problems = [f"{path}: missing {_original_name(name)}" for name in names if name not in used]
+    problems = [f"{path}: missing {name}" for name in names if name not in used]
     problems += [f"{path}: unexpected {name}" for name in used if name not in names]
     tensors = {names[name]: weight for name, weight in used.items() if name in names}
     problems += [

@@ -51,8 +51,8 @@ def stage2_example(image: Any, caption: str, processor: MiniGPT4Processor, instr
 
 
 def stage2_instructions() -> list[str]:
-    """The four instructions that the original trains stage 2 with, from its `prompts/alignment.txt`, without the image in
-    front of them."""
+    """The four instructions that the original trains stage 2 with, from its `prompts/alignment.txt`, without the image
+    in front of them."""
     path = Path(__file__).with_name("alignment_instructions.txt")
     return path.read_text(encoding="utf-8").splitlines()
 

@@ -1,5 +1,7 @@
 """Models that the tests build of the backbones in `conftest.py`, and what they are asked."""
 
+from pathlib import Path
+
 import torch
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
@@ -11,6 +13,22 @@ RECIPES = {
     "merged": ("vit", "llama", None, "llama-2"),
     "convolutional": ("resnet", "gpt2", None, "native"),
 }
+
+ORIGINAL = Path(__file__).parent / "fixtures" / "original"
+# Variants of the original in `fixtures/original`, and their prompt styles.
+ORIGINAL_STYLES = {"vicuna": "vicuna-v0", "llama2": "llama-2", "v2": "minigpt-v2"}
+
+
+def original_files(variant: str) -> dict[str, str]:
+    """The files of a variant, as arguments of the conversion."""
+    files = {
+        "checkpoint": str(ORIGINAL / variant / "checkpoint.pth"),
+        "language_model": str(ORIGINAL / "llm"),
+        "prompt_style": ORIGINAL_STYLES[variant],
+        "vision_encoder": str(ORIGINAL / variant / "eva_vit_g.pth"),
+    }
+    qformer = ORIGINAL / variant / "blip2_pretrained_flant5xxl.pth"
+    return files | ({"qformer": str(qformer)} if qformer.is_file() else {})
 
 
 def build(backbones: dict[str, str], recipe: str, **kwargs: object) -> MiniGPT4ForConditionalGeneration:
