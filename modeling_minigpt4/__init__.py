@@ -15,6 +15,11 @@ for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimod
 AutoProcessor.register(MiniGPT4Config, MiniGPT4Processor)
 register_pipeline()
 
+# What is saved brings its code along, for `trust_remote_code=True`.
+MiniGPT4Config.register_for_auto_class()
+MiniGPT4ForConditionalGeneration.register_for_auto_class("AutoModel")
+MiniGPT4Processor.register_for_auto_class()
+
 __all__ = [
     "MiniGPT4Config",
     "MiniGPT4ForConditionalGeneration",

@@ -4,6 +4,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, Blip2VisionConfig, PreTrainedConfig
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 # `AutoConfig` knows every configuration but the two that BLIP-2 keeps to itself.
@@ -127,6 +128,9 @@ class MiniGPT4Config(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if not cls.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            # The registered pipeline needs no remote code, which `pipeline` would ask for.
+            config_dict = {name: value for name, value in config_dict.items() if name != "custom_pipelines"}
         # `AutoModel.from_pretrained(..., backbones=...)` hands its arguments to the configuration first, which would
         # take the replacement of one backbone for the whole list.
         if "backbones" not in kwargs:

@@ -140,10 +140,12 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
             state_dict = {name: weight for name, weight in weights.items() if "multi_modal_projector." in name}
         else:
             self.config.backbones = None  # what it names would be read instead of the weights
+        self.config.auto_map, self.config.custom_pipelines = _remote_code()
         try:
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         finally:
             self.config.backbones = backbones
+            del self.config.custom_pipelines  # which would make `pipeline` ask for remote code
 
     def _frozen_parts(self) -> list[str]:
         parts = ["vision_tower", "qformer", "language_model"]
@@ -572,6 +574,23 @@ def _positions(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor
 
 def _is_trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _remote_code() -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """What `trust_remote_code=True` finds in a saved folder: the classes for auto classes, and those for pipelines."""
+    # Imported here because it imports the configuration only; the statement makes its file travel with the model.
+    from .pipeline_minigpt4 import MiniGPT4Pipeline
+
+    def reference(cls: type) -> str:
+        return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+
+    generating = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    auto_map = {"AutoConfig": reference(MiniGPT4Config)}
+    auto_map |= dict.fromkeys(generating, reference(MiniGPT4ForConditionalGeneration))
+    tasks = ("image-to-text", "image-text-to-text")
+    return auto_map, {
+        task: {"impl": reference(MiniGPT4Pipeline), "pt": ["AutoModelForImageTextToText"]} for task in tasks
+    }
 
 
 def _set_post_layernorm(vision_tower: Blip2VisionModel, config: MiniGPT4Config) -> None:
