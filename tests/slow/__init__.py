@@ -1,0 +1,1 @@
+"""Tests that take longer, or need something fetched: `make test-slow`."""
