@@ -165,7 +165,9 @@ def load_qformer(backbone: Backbone, **kwargs: Any) -> tuple[PreTrainedModel, to
         )
     qformer = _load_part(Blip2QFormerModel.from_pretrained, backbone, whole, whole.qformer_config, kwargs)
     tokens = _read_tensors(backbone, prefixes["query_tokens"], **_hub_kwargs(kwargs))[""]
-    return qformer, tokens.to(device=qformer.device, dtype=qformer.dtype)
+    # An offloaded Q-Former is nowhere; its queries are small enough to stay.
+    device = "cpu" if qformer.device.type == "meta" else qformer.device
+    return qformer, tokens.to(device=device, dtype=qformer.dtype)
 
 
 def load_language_model(backbone: Backbone, **kwargs: Any) -> PreTrainedModel:

@@ -85,4 +85,20 @@ def kwargs_of_part(sub_config: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs["attn_implementation"] = attention
     if sub_config != "text_config":
         kwargs.pop("quantization_config", None)
+    if isinstance(kwargs.get("device_map"), dict):
+        kwargs["device_map"] = _device_map_of_part(sub_config, kwargs["device_map"])
     return kwargs
+
+
+def _device_map_of_part(sub_config: str, device_map: dict[str, Any]) -> dict[str, Any] | None:
+    """The device of one part, from a map that names parts, or `""` for all of them."""
+    part = {"vision_config": "vision_tower", "qformer_config": "qformer", "text_config": "language_model"}[sub_config]
+    names = {name.removeprefix("model."): device for name, device in device_map.items()}
+    known = {"", "vision_tower", "qformer", "query_tokens", "multi_modal_projector", "language_model", "lm_head"}
+    if finer := names.keys() - known:
+        raise ValueError(
+            f"Got a device_map with {sorted(finer)}. Expected whole parts, such as `model.language_model`: the parts "
+            'of a projection-only checkpoint are opened one by one. Take "auto", or save the whole model.'
+        )
+    device = names.get(part, names.get(""))
+    return None if device is None else {"": device}

@@ -25,6 +25,7 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
@@ -88,6 +89,10 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         base: MiniGPT4Model = self.base_model
         base.multi_modal_projector.to(torch.float32).requires_grad_(True)
         self.train(self.training)
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        self.train(self.training)  # which layers recompute is decided there
 
     def backbone_source(self, part: str) -> str:
         """Repository or folder that a frozen part comes from, with `cache:NAME` resolved.
@@ -354,6 +359,10 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         for part in (self.vision_tower, self.qformer, self.language_model):
             if part is not None and not _is_trainable(part):
                 part.eval()
+        # A layer recomputes its activations in training mode only. The modules in it, dropout too, stay as they are.
+        for module in self.language_model.modules():
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                module.training = mode
         return self
 
     @can_return_tuple

@@ -69,6 +69,12 @@ class MiniGPT4Processor(ProcessorMixin):
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            vars(self).pop("auto_map", None)  # of the code that is saved beside it, not of this object
+
     def prepare_inputs_layout(
         self,
         images: ImageInput | None = None,
@@ -96,8 +102,8 @@ class MiniGPT4Processor(ProcessorMixin):
             found, given = [sum(found)], [0 if images is None else len(make_flat_list_of_images(images))]
         if found != given:
             raise ValueError(
-                f"Found {', '.join(map(str, found))} placeholders {self.image_token} in the texts and "
-                f"{', '.join(map(str, given))} images for them. Expected one placeholder for each image."
+                f"The number of {self.image_token} tokens in the prompts should be the same as the number of images: "
+                f"found {', '.join(map(str, found))} placeholders and {', '.join(map(str, given))} images."
             )
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:

@@ -75,9 +75,9 @@ def test_arrays_and_tensors_are_taken_as_they_are(processor, pictures):
 @pytest.mark.parametrize(
     ("text", "count", "message"),
     [
-        ("no place", 1, "Found 0 placeholders <ImageHere> in the texts and 1 images"),
-        ("<ImageHere>", 0, "Found 1 placeholders <ImageHere> in the texts and 0 images"),
-        ("<ImageHere><ImageHere>", 1, "Found 2 placeholders <ImageHere> in the texts and 1 images"),
+        ("no place", 1, "found 0 placeholders and 1 images"),
+        ("<ImageHere>", 0, "found 1 placeholders and 0 images"),
+        ("<ImageHere><ImageHere>", 1, "found 2 placeholders and 1 images"),
     ],
 )
 def test_placeholders_and_images_that_do_not_match_are_refused(processor, pictures, text, count, message):
@@ -86,7 +86,7 @@ def test_placeholders_and_images_that_do_not_match_are_refused(processor, pictur
 
 
 def test_images_of_another_row_do_not_make_up_for_missing_ones(processor, pictures):
-    with pytest.raises(ValueError, match="Found 1, 2 placeholders <ImageHere> in the texts and 2, 1 images"):
+    with pytest.raises(ValueError, match="found 1, 2 placeholders and 2, 1 images"):
         processor(text=["<ImageHere>", "<ImageHere><ImageHere>"], images=[pictures[:2], pictures[2:]])
 
 

@@ -24,7 +24,15 @@ class MiniGPT4ProcessorTest(common.ProcessorTesterMixin, unittest.TestCase):
     @classmethod
     def _setup_from_components(cls) -> MiniGPT4Processor:
         tokenizer = AutoTokenizer.from_pretrained(ORIGINAL / "llm")
-        return build_processor(tokenizer, num_image_tokens=4, image_size=24, prompt_style="llama-2")
+        processor = build_processor(tokenizer, num_image_tokens=4, image_size=24, prompt_style="llama-2")
+        processor.chat_template = processor.chat_template["default"]  # the tests know one template
+        return processor
+
+    @staticmethod
+    def prepare_processor_dict() -> dict[str, Any]:
+        processor = MiniGPT4ProcessorTest._setup_from_components()
+        names = ("num_image_tokens", "end_symbol", "chat_template")
+        return {name: getattr(processor, name) for name in names}
 
     @classmethod
     def _setup_image_processor(cls) -> Any:
