@@ -17,7 +17,7 @@ class ProjectionConfig(SFTConfig):
     """`SFTConfig` with the defaults that a frozen model with one trained layer wants."""
 
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Not to be set: frozen parts stay in eval mode, where nothing is recomputed."}
+        default=False, metadata={"help": "Recompute the decoder's activations: less memory, more time."}
     )
     bf16: bool | None = field(
         default=False, metadata={"help": "Autocast. The backbones have their dtype, and the projection is float32."}
@@ -34,11 +34,6 @@ class ProjectionConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gradient_checkpointing:
-            raise ValueError(
-                "Got gradient_checkpointing=True. Expected False: the frozen parts stay in eval mode, where "
-                "transformers recomputes nothing. Choose a smaller `per_device_train_batch_size` instead."
-            )
         self.final_dtype = as_dtype(self.save_dtype or "float32")
 
 
@@ -71,6 +66,7 @@ class ProjectionTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")
         scored = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(-1)
+        inputs["use_cache"] = False
         outputs = model(**inputs, logits_to_keep=scored)
         targets = labels[:, scored + 1].flatten()
         loss = fixed_cross_entropy(outputs.logits.flatten(0, 1).float(), targets, num_items_in_batch)

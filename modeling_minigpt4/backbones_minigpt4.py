@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -49,11 +50,13 @@ class Backbone:
         part (`str`): `"vision_tower"`, `"qformer"` or `"language_model"`.
         source (`str`): A repository, a folder, or `cache:NAME` for a folder below [`cache_directory`].
         revision (`str`, *optional*): Revision of the repository.
+        gguf_file (`str`, *optional*): The GGUF file in it that holds a language model, which transformers reads.
     """
 
     part: str
     source: str
     revision: str | None = None
+    gguf_file: str | None = None
 
     @classmethod
     def from_entry(cls, part: str, entry: "str | os.PathLike | dict[str, str] | Backbone") -> "Backbone":
@@ -62,16 +65,21 @@ class Backbone:
             return entry
         if isinstance(entry, (str, os.PathLike)):
             return cls(part, os.fspath(entry))
-        if "source" not in entry or entry.keys() - {"source", "revision"}:
+        if "source" not in entry or entry.keys() - {"source", "revision", "gguf_file"}:
             raise ValueError(
                 f"The backbone entry for `{part}` is {entry}. Expected a repository, a folder or `cache:NAME`, or a "
-                'dictionary {"source": ..., "revision": ...}.'
+                'dictionary {"source": ..., "revision": ..., "gguf_file": ...}.'
             )
-        return cls(part, entry["source"], entry.get("revision"))
+        return cls(part, entry["source"], entry.get("revision"), entry.get("gguf_file"))
 
     def to_entry(self) -> dict[str, str]:
         """The entry of `config.backbones`."""
-        return {"source": self.source} | ({"revision": self.revision} if self.revision else {})
+        optional = {"revision": self.revision, "gguf_file": self.gguf_file}
+        return {"source": self.source} | {name: value for name, value in optional.items() if value}
+
+    def where(self) -> dict[str, str | None]:
+        """What `from_pretrained` needs to find it, beside the source."""
+        return {"revision": self.revision} | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
     def resolve(self) -> str:
         """The repository or folder to open.
@@ -118,11 +126,11 @@ def load_config(backbone: Backbone, **hub_kwargs: Any) -> PreTrainedConfig:
     """
     source = backbone.resolve()
     try:
-        settings, _ = PreTrainedConfig.get_config_dict(source, revision=backbone.revision, **hub_kwargs)
+        settings, _ = PreTrainedConfig.get_config_dict(source, **backbone.where(), **hub_kwargs)
         for known in (Blip2VisionConfig, Blip2QFormerConfig):
             if settings.get("model_type") == known.model_type:
                 return known.from_dict(settings)
-        return AutoConfig.from_pretrained(source, revision=backbone.revision, **hub_kwargs)
+        return AutoConfig.from_pretrained(source, **backbone.where(), **hub_kwargs)
     except (OSError, ValueError) as error:
         raise OSError(
             f"The backbone `{backbone.part}` cannot be opened from `{backbone.source}`: {error} Download it, or name "
@@ -170,8 +178,14 @@ def load_qformer(backbone: Backbone, **kwargs: Any) -> tuple[PreTrainedModel, to
     return qformer, tokens.to(device=device, dtype=qformer.dtype)
 
 
-def load_language_model(backbone: Backbone, **kwargs: Any) -> PreTrainedModel:
+def load_language_model(backbone: Backbone, cast_to: torch.dtype | None = None, **kwargs: Any) -> PreTrainedModel:
     """Opens the language model with its head.
+
+    Args:
+        backbone ([`Backbone`]): Where it lies.
+        cast_to (`torch.dtype`, *optional*): Dtype to read safetensors in, tensor by tensor. `from_pretrained` has both
+            the files' tensors and the cast ones in memory.
+        kwargs: Passed to `from_pretrained`.
 
     Raises:
         `ValueError`: If it is no decoder, or if it transforms its logits behind the head.
@@ -189,6 +203,14 @@ def load_language_model(backbone: Backbone, **kwargs: Any) -> PreTrainedModel:
                 f"`{backbone.source}` (`{config.model_type}`) sets `{name}` to {settings[name]}. Expected a decoder "
                 "whose logits are what its head gives: MiniGPT-4 applies the head alone."
             )
+    if cast_to is not None:
+        kwargs["dtype"] = cast_to
+        names = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
+        where = {"revision": backbone.revision, **_hub_kwargs(kwargs)}
+        if any(_find_file(backbone.resolve(), name, **where) for name in names):
+            kwargs["state_dict"] = _read_tensors(backbone, "", cast_to=cast_to, **_hub_kwargs(kwargs))
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class needs a path
+            return _load_part(model_class.from_pretrained, backbone, config, config, kwargs)
     return _load_part(AutoModelForCausalLM.from_pretrained, backbone, config, config, kwargs)
 
 
@@ -220,8 +242,10 @@ def _load_part(
 ) -> PreTrainedModel:
     """Opens a part, and refuses one with missing weights, which transformers would fill at random."""
     prefixes = _PREFIXES.get(whole.model_type)
-    if prefixes is None:
-        source, kwargs = backbone.resolve(), {**kwargs, "revision": backbone.revision}
+    if "state_dict" in kwargs:
+        source = None
+    elif prefixes is None:
+        source, kwargs = backbone.resolve(), {**kwargs, **backbone.where()}
     else:
         hub_kwargs = _hub_kwargs(kwargs)
         tensors = _read_tensors(backbone, prefixes[backbone.part], **hub_kwargs)
@@ -272,7 +296,9 @@ def fit_position_embedding(tensors: dict[str, torch.Tensor], config: Blip2Vision
     return {**tensors, name: torch.cat([position[:, :1].float(), patches], dim=1)}
 
 
-def _read_tensors(backbone: Backbone, *prefixes: str, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
+def _read_tensors(
+    backbone: Backbone, *prefixes: str, cast_to: torch.dtype | None = None, **hub_kwargs: Any
+) -> dict[str, torch.Tensor]:
     """The tensors behind some prefixes, without those. Only the shards that hold one are downloaded and opened."""
     source, where = backbone.resolve(), {"revision": backbone.revision, **hub_kwargs}
     index = _find_file(source, SAFE_WEIGHTS_INDEX_NAME, **where)
@@ -287,10 +313,14 @@ def _read_tensors(backbone: Backbone, *prefixes: str, **hub_kwargs: Any) -> dict
         if path is None:
             raise OSError(f"`{backbone.source}` has no file {shard}. Expected a checkpoint in safetensors format.")
         with safe_open(path, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118
-                prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
-                if prefix is not None:
-                    tensors[key.removeprefix(prefix)] = weights.get_tensor(key)
+            found = {key: prefix for key in weights.keys() for prefix in prefixes if key.startswith(prefix)}  # noqa: SIM118
+        for key, prefix in found.items():
+            # Opened for each tensor, because what was read of a file stays in memory as long as it is open.
+            with safe_open(path, framework="pt") as weights:
+                tensor = weights.get_tensor(key)
+            if cast_to is not None and tensor.is_floating_point():
+                tensor = tensor.to(cast_to)
+            tensors[key.removeprefix(prefix)] = tensor
     if not tensors:
         raise ValueError(f"`{backbone.source}` holds no weights named `{prefixes[0]}...` for the `{backbone.part}`.")
     return tensors

@@ -72,8 +72,8 @@ class MiniGPT4Config(PreTrainedConfig):
             Whether the language model's head has a bias.
         backbones (`dict[str, dict[str, str]]`, *optional*):
             Where the frozen parts come from; only in a projection-only checkpoint. Keys are `"vision_tower"`,
-            `"qformer"` and `"language_model"`, values are `{"source": ..., "revision": ...}`, where a source is a
-            repository, a folder, or `cache:NAME`.
+            `"qformer"` and `"language_model"`, values are `{"source": ..., "revision": ..., "gguf_file": ...}`: the
+            source is a repository, a folder, or `cache:NAME`.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of a fresh projection's weights. [`MiniGPT4ForConditionalGeneration.from_backbones`]
             measures a better one.

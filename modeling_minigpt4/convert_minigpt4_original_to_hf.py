@@ -11,10 +11,13 @@ tensors. With `--projection-only`, the folder holds the projection alone, and na
 """
 
 import hashlib
+import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +26,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, save_torch_state_dict
-from peft import LoraConfig
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,6 +38,7 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, is_peft_available
 
 from processing import PROMPT_STYLES, MiniGPT4Processor, build_processor, configure_generation, stage2_instructions
 
@@ -138,8 +142,9 @@ def convert(arguments: ConversionArguments) -> None:
         else:
             model = _whole_model(arguments, config, side, checkpoint, folder)
         model.model.multi_modal_projector.load_state_dict(checkpoint.tensors)
+        model.generation_config = GenerationConfig()
         configure_generation(model, processor)
-        model.generation_config.update(**CHAT_DEFAULTS)
+        model.generation_config.update(**CHAT_DEFAULTS)  # of the language model's own nothing is kept
         weights = model.model.multi_modal_projector.state_dict(prefix="model.multi_modal_projector.")
         model.save_pretrained(
             folder,
@@ -169,6 +174,14 @@ def _check_arguments(arguments: ConversionArguments) -> None:
         raise ValueError("Expected either --vision-encoder (with --qformer where the model has one) or --blip2.")
     if arguments.blip2 is not None and arguments.qformer is not None:
         raise ValueError("Got --blip2 and --qformer. Expected one of them: BLIP-2 has the Q-Former.")
+    sources = (arguments.blip2, arguments.language_model)
+    if arguments.push_to_hub and arguments.projection_only and any(not one or Path(one).is_dir() for one in sources):
+        raise ValueError(
+            "Got --push-to-hub with --projection-only, and frozen parts that lie on this machine. Expected --blip2 "
+            "and --language-model as repositories, which others can open too."
+        )
+    if arguments.keep_lora and not is_peft_available():
+        raise ValueError("Got --keep-lora, which needs PEFT. Install it with `pip install peft`, or leave it out.")
     output = Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists. Expected a new folder: choose another --output, or remove it.")
@@ -204,9 +217,16 @@ def _configure(
     problems += _misfits(arguments, side, checkpoint, text_config)
     if problems:
         raise ValueError(f"{len(problems)} tensors do not fit, and nothing was written:\n  " + "\n  ".join(problems))
-    for path, file in ((arguments.vision_encoder, side.vision), (arguments.qformer, side.qformer)):
+    files = (
+        (arguments.vision_encoder, side.vision),
+        (arguments.qformer, side.qformer),
+        (arguments.checkpoint, checkpoint),
+    )
+    for path, file in files:
         if file is not None and file.unused:
             print(f"Not used of {path}: {', '.join(file.unused[:3])}{', ...' if len(file.unused) > 3 else ''}")
+    if arguments.keep_lora and not checkpoint.lora:
+        print(f"{arguments.checkpoint} holds no LoRA matrices to keep.")
     if checkpoint.lora and arguments.projection_only and not arguments.keep_lora:
         raise ValueError(
             f"{arguments.checkpoint} holds LoRA matrices, which cannot be merged into a language model that is not "
@@ -232,6 +252,7 @@ def _configure(
         arguments.prompt_style,  # type: ignore[arg-type]
         default_instruction=stage2_instructions()[0] if arguments.stage == 2 else None,
     )
+    _check_tokenizer(arguments, processor)
     return config, processor
 
 
@@ -271,17 +292,53 @@ def _misfits(
             f"{arguments.checkpoint}: llama_proj.weight has the shape {(rows, columns)}, whose second number is no "
             f"multiple of the vision encoder's width {patch_size}; give --qformer if the model has one"
         )
-    if arguments.image_size is not None and arguments.image_size % side.vision_config.patch_size:
+    if arguments.image_size is not None and (
+        arguments.image_size <= 0 or arguments.image_size % side.vision_config.patch_size
+    ):
         problems.append(
             f"--image-size {arguments.image_size} is no multiple of the patch, {side.vision_config.patch_size}"
         )
+    elif side.qformer_config is None and not columns % patch_size:
+        grid = (arguments.image_size or side.vision_config.image_size) // side.vision_config.patch_size
+        if grid**2 % (columns // patch_size):
+            problems.append(f"{grid}x{grid} patches cannot be merged by {columns // patch_size}; choose --image-size")
     return problems
+
+
+def _check_tokenizer(arguments: ConversionArguments, processor: MiniGPT4Processor) -> None:
+    """
+    Raises:
+        `ValueError`: If transformers' tokenizer does not write a text as its SentencePiece model does, which the
+            original used: one of another type than BPE, or with a normalizer.
+    """
+    path = cached_file(arguments.language_model, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return
+    original = SentencePieceProcessor(model_file=path)
+    for text in (
+        *stage2_instructions(),
+        "###Human: ",
+        "What is  in it?",
+        "a café\n",
+        "\ufb01 \uff21",
+        "[INST] [/INST] ",
+    ):
+        received, expected = processor.tokenizer.encode(text, add_special_tokens=False), original.encode(text)
+        if received != expected:
+            raise ValueError(
+                f"The tokenizer of {arguments.language_model} writes {text!r} as {received}, and its SentencePiece "
+                f"model {path}, which the original used, as {expected}. Expected the same: transformers knows "
+                "SentencePiece models of the type BPE without a normalizer, as LLaMA's."
+            )
 
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """A folder that takes its name when all of it is written, and is gone if that fails."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in output.parent.glob(f".{output.name}-????????"):
+        if time.time() - left_over.stat().st_mtime > 3600:  # of a run that was killed, not of one beside this
+            shutil.rmtree(left_over, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         yield folder
@@ -308,12 +365,10 @@ def _whole_model(
     qformer = load_qformer(Backbone("qformer", blip2), dtype=dtype) if side.qformer_config else None
     shutil.rmtree(folder / "blip2", ignore_errors=True)
     origin = Backbone("language_model", arguments.language_model)
-    language_model = load_language_model(origin, dtype=dtype)
+    language_model = load_language_model(origin, cast_to=dtype)
     if not arguments.keep_lora:
         _merge_lora(language_model, checkpoint, arguments.lora_alpha)
-    model = MiniGPT4ForConditionalGeneration.from_parts(config, vision_tower, qformer, language_model, origin)
-    model.generation_config = language_model.generation_config
-    return model
+    return MiniGPT4ForConditionalGeneration.from_parts(config, vision_tower, qformer, language_model, origin)
 
 
 def _projection_alone(
@@ -330,7 +385,6 @@ def _projection_alone(
     with torch.device("meta"):
         model = MiniGPT4ForConditionalGeneration(config).to(_DTYPES[arguments.dtype])
     model.model.multi_modal_projector.to_empty(device="cpu").float()
-    model.generation_config = GenerationConfig()
     return model
 
 
@@ -352,24 +406,37 @@ def _cache_vision_side(arguments: ConversionArguments, side: VisionSide) -> str:
 
 
 def _save_vision_side(side: VisionSide, folder: Path) -> None:
-    """Writes a BLIP-2 without a language model, or its vision encoder alone, in the dtype of the original's files."""
+    """Writes a BLIP-2 without a language model, or its vision encoder alone, in the dtype of the original's files.
+    Their tensors are gone afterwards: what was read of a file stays in memory as long as it is mapped."""
     assert side.vision is not None
     folder.mkdir(parents=True, exist_ok=True)
     if side.qformer is None or side.qformer.query_tokens is None:
         width = side.vision_config.hidden_size
         plain = {"post_layernorm.weight": torch.ones(width), "post_layernorm.bias": torch.zeros(width)}
         save_torch_state_dict({**side.vision.tensors, **plain}, folder)
+        side.vision.tensors.clear()
         side.vision_config.save_pretrained(folder)
         return
-    vision = {**side.vision.tensors, **side.qformer.layer_norm}
-    tensors = {f"vision_model.{name}": weight for name, weight in vision.items()}
-    tensors |= {f"qformer.{name}": weight for name, weight in side.qformer.tensors.items()}
-    save_torch_state_dict({**tensors, "query_tokens": side.qformer.query_tokens}, folder)
+    weight_map = _save_shard(side.vision.tensors, "vision_model.", folder / "model-00001-of-00002.safetensors")
+    side.vision.tensors.clear()
+    rest = {f"vision_model.{name}": weight for name, weight in side.qformer.layer_norm.items()}
+    rest |= {f"qformer.{name}": weight for name, weight in side.qformer.tensors.items()}
+    rest["query_tokens"] = side.qformer.query_tokens
+    weight_map |= _save_shard(rest, "", folder / "model-00002-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
     Blip2Config(
         vision_config=side.vision_config.to_dict(),
         qformer_config=side.qformer.config.to_dict() if side.qformer.config else None,
         num_query_tokens=side.num_query_tokens,
     ).save_pretrained(folder)
+
+
+def _save_shard(tensors: dict[str, torch.Tensor], prefix: str, path: Path) -> dict[str, str]:
+    """Writes tensors, and says of each in which file it is."""
+    named = {f"{prefix}{name}": weight.contiguous() for name, weight in tensors.items()}
+    save_file(named, path, metadata={"format": "pt"})
+    return dict.fromkeys(named, path.name)
 
 
 @torch.no_grad()
@@ -382,6 +449,8 @@ def _merge_lora(language_model: PreTrainedModel, checkpoint: OriginalCheckpoint,
 
 def _save_adapter(checkpoint: OriginalCheckpoint, arguments: ConversionArguments, folder: Path) -> None:
     """Writes the LoRA matrices as a PEFT adapter of the converted model."""
+    from peft import LoraConfig  # which only this needs
+
     folder.mkdir()
     # A PEFT model calls what it wraps `base_model.model`; here the language model's body has no `model.` of its own.
     modules = {module: f"model.language_model.{module.removeprefix('model.')}" for module in checkpoint.lora}
@@ -403,6 +472,7 @@ def _save_adapter(checkpoint: OriginalCheckpoint, arguments: ConversionArguments
 def main() -> None:
     parser = HfArgumentParser(ConversionArguments, description=__doc__)
     (arguments,) = parser.parse_args_into_dataclasses()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # which cleans up
     try:
         convert(arguments)
     except (OSError, ValueError) as error:

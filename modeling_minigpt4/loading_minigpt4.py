@@ -1,8 +1,10 @@
 """Which arguments of `from_pretrained` hold for a checkpoint, and which for each of its frozen parts."""
 
+import copy
 from typing import Any
 
 import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .backbones_minigpt4 import Backbone
 from .configuration_minigpt4 import MiniGPT4Config
@@ -58,6 +60,34 @@ def part_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
             "`save_pretrained` writes it, takes the others too."
         )
     return {name: kwargs[name] for name in passed if kwargs.get(name) is not None}
+
+
+def quantize_language_model_only(quantization_config: Any) -> Any:
+    """A quantization of a whole checkpoint that spares the vision side and the projection, unless it says itself what
+    to spare.
+
+    Args:
+        quantization_config (`QuantizationConfigMixin`): As the user gave it; it is not changed.
+
+    Raises:
+        `ValueError`: If it is a dictionary.
+    """
+    if not isinstance(quantization_config, QuantizationConfigMixin):
+        raise ValueError(
+            f"Got the quantization_config {quantization_config!r}. Expected an object, such as "
+            "`BitsAndBytesConfig(load_in_4bit=True)`."
+        )
+    config = copy.deepcopy(quantization_config)
+    parts = ("vision_tower", "qformer", "multi_modal_projector")
+    spared = ["lm_head", *parts, *(f"model.{part}" for part in parts)]
+    for name in (
+        "llm_int8_skip_modules",
+        "modules_to_not_convert",
+        "skip_modules",
+    ):  # each kind has its own name for it
+        if name in vars(config) and not vars(config)[name]:
+            setattr(config, name, spared)
+    return config
 
 
 def requested_attention(config: MiniGPT4Config) -> str | dict[str, str] | None:

@@ -50,6 +50,7 @@ from .loading_minigpt4 import (
     kwargs_of_part,
     merge_backbones,
     part_kwargs,
+    quantize_language_model_only,
     requested_attention,
 )
 
@@ -206,6 +207,8 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
                 f"`backbones={backbones}` was given, but {pretrained_model_name_or_path} is a full checkpoint, which "
                 "holds every weight. Leave `backbones` out, or open a projection-only checkpoint."
             )
+        if (quantization_config := kwargs.get("quantization_config")) is not None:
+            kwargs["quantization_config"] = quantize_language_model_only(quantization_config)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     @classmethod

@@ -45,6 +45,8 @@ _UNUSED_IN_QFORMER = re.compile(
     r"|Qformer\.bert\.embeddings\.(position_ids|(word|position|token_type)_embeddings\.weight)"
     r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*"  # the feed-forward of texts
 )
+# Buffers that the original's trainer saved along with what was trained.
+_UNUSED_IN_CHECKPOINT = re.compile(r"(.*\.)?rotary_emb\.inv_freq|Qformer\.bert\.embeddings\.position_ids")
 _LORA = re.compile(r"(?:llama_model\.)?base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.default)?\.weight")
 
 
@@ -105,8 +107,8 @@ def read_vision_encoder(path: str | Path) -> tuple[Blip2VisionConfig, OriginalFi
         `ValueError`: If it is no vision encoder of the release.
     """
     weights = read_weights(path)
-    position = _required(weights, "pos_embed", path)
-    patch = _required(weights, "patch_embed.proj.weight", path)
+    position = _required(weights, "pos_embed", path, 3)
+    patch = _required(weights, "patch_embed.proj.weight", path, 4)
     hidden_size, patch_size = position.shape[-1], patch.shape[-1]
     depth = _count_layers(weights, r"blocks\.(\d+)\.", path)
     if (hidden_size, depth) == (_VIT_G_WIDTH, _VIT_G_BLOCKS):
@@ -119,7 +121,7 @@ def read_vision_encoder(path: str | Path) -> tuple[Blip2VisionConfig, OriginalFi
         )
     config = Blip2VisionConfig(
         hidden_size=hidden_size,
-        intermediate_size=_required(weights, "blocks.0.mlp.fc1.weight", path).shape[0],
+        intermediate_size=_required(weights, "blocks.0.mlp.fc1.weight", path, 2).shape[0],
         num_hidden_layers=depth,
         num_attention_heads=hidden_size // _VISION_HEAD_SIZE,
         image_size=grid * patch_size,
@@ -130,7 +132,7 @@ def read_vision_encoder(path: str | Path) -> tuple[Blip2VisionConfig, OriginalFi
     missing = [
         name for layer in range(depth) for name in _join_qkv_bias(weights, f"blocks.{layer}.attn.", hidden_size)
     ]
-    file = _rename(path, weights, _vision_names(depth), unused, Blip2VisionModel, config, left_out="post_layernorm.")
+    file = _rename(path, weights, vision_names(depth), unused, Blip2VisionModel, config, left_out="post_layernorm.")
     file.problems += [f"{path}: missing {name}" for name in missing]
     return config, file
 
@@ -150,7 +152,7 @@ def read_qformer(path: str | Path) -> OriginalQFormer:
     """
     weights = read_weights(path)
     layers = "Qformer.bert.encoder.layer"
-    query_tokens = _required(weights, "query_tokens", path)
+    query_tokens = _required(weights, "query_tokens", path, 3)
     cross_attention = sorted(
         int(match[1])
         for name in weights
@@ -167,9 +169,9 @@ def read_qformer(path: str | Path) -> OriginalQFormer:
         hidden_size=hidden_size,
         num_hidden_layers=depth,
         num_attention_heads=hidden_size // _QFORMER_HEAD_SIZE,
-        intermediate_size=_required(weights, f"{layers}.0.intermediate_query.dense.weight", path).shape[0],
+        intermediate_size=_required(weights, f"{layers}.0.intermediate_query.dense.weight", path, 2).shape[0],
         encoder_hidden_size=_required(
-            weights, f"{layers}.{cross_attention[0]}.crossattention.self.key.weight", path
+            weights, f"{layers}.{cross_attention[0]}.crossattention.self.key.weight", path, 2
         ).shape[1],
         cross_attention_frequency=frequency,
         layer_norm_eps=1e-12,
@@ -177,7 +179,7 @@ def read_qformer(path: str | Path) -> OriginalQFormer:
     unused = [name for name in weights if _UNUSED_IN_QFORMER.fullmatch(name)]
     own = {"query_tokens", "ln_vision.weight", "ln_vision.bias"}
     qformer = {name: weight for name, weight in weights.items() if name not in own}
-    file = _rename(path, qformer, _qformer_names(depth, cross_attention), unused, Blip2QFormerModel, config)
+    file = _rename(path, qformer, qformer_names(depth, cross_attention), unused, Blip2QFormerModel, config)
     layer_norm = {kind: weights[f"ln_vision.{kind}"] for kind in ("weight", "bias") if f"ln_vision.{kind}" in weights}
     missing = [f"{path}: missing ln_vision.{kind}" for kind in ("weight", "bias") if kind not in layer_norm]
     misshapen = [
@@ -207,10 +209,12 @@ def read_checkpoint(path: str | Path) -> OriginalCheckpoint:
     """
     weights = read_weights(path)
     checkpoint = OriginalCheckpoint()
-    width = _required(weights, "llama_proj.weight", path).shape[0]
+    width = _required(weights, "llama_proj.weight", path, 2).shape[0]
     for name, weight in weights.items():
         if name in ("llama_proj.weight", "llama_proj.bias"):
             checkpoint.tensors[name.removeprefix("llama_proj.")] = weight
+        elif _UNUSED_IN_CHECKPOINT.fullmatch(name):
+            checkpoint.unused.append(name)
         elif match := _LORA.fullmatch(name):
             checkpoint.lora.setdefault(match["module"], {})[match["matrix"]] = weight
         else:
@@ -240,6 +244,8 @@ def check_lora(path: str | Path, checkpoint: OriginalCheckpoint, language_model:
         expected = shapes.get(f"{module}.weight")
         if expected is None:
             problems.append(f"{path}: LoRA matrices for {module}, which the language model does not have")
+        elif any(matrix.ndim != 2 for matrix in matrices.values()):
+            problems.append(f"{path}: a LoRA matrix of {module} has {[m.ndim for m in matrices.values()]} dimensions")
         elif matrices.keys() == {"A", "B"}:
             received = (matrices["B"].shape[0], matrices["A"].shape[1])
             if received != expected or matrices["A"].shape[0] != matrices["B"].shape[1]:
@@ -282,12 +288,14 @@ def _load_pickle(path: str | Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
-def _required(weights: dict[str, torch.Tensor], name: str, path: str | Path) -> torch.Tensor:
+def _required(weights: dict[str, torch.Tensor], name: str, path: str | Path, ndim: int) -> torch.Tensor:
     if name not in weights:
         raise ValueError(
             f"{path} has no tensor `{name}`, which tells its sizes. It holds {len(weights)} others: "
             f"{', '.join(list(weights)[:5])}{', ...' if len(weights) > 5 else ''}. Is it the right file?"
         )
+    if weights[name].ndim != ndim:
+        raise ValueError(f"{path}: {name} has the shape {tuple(weights[name].shape)}, expected {ndim} dimensions.")
     return weights[name]
 
 
@@ -306,7 +314,9 @@ def _join_qkv_bias(weights: dict[str, torch.Tensor], prefix: str, size: int) -> 
     return [f"{prefix}{name}" for name, bias in biases.items() if bias is None]
 
 
-def _vision_names(depth: int) -> dict[str, str]:
+def vision_names(depth: int) -> dict[str, str]:
+    """The names of a vision encoder's tensors in transformers, by the original's. The biases of queries and values,
+    which are two tensors there, count as one `attn.qkv.bias`."""
     names = dict(_VISION_NAMES)
     for layer in range(depth):
         block, here = f"blocks.{layer}.", f"encoder.layers.{layer}."
@@ -319,7 +329,8 @@ def _vision_names(depth: int) -> dict[str, str]:
     return names
 
 
-def _qformer_names(depth: int, cross_attention: list[int]) -> dict[str, str]:
+def qformer_names(depth: int, cross_attention: list[int]) -> dict[str, str]:
+    """The same of a Q-Former, which has cross-attention in some layers."""
     pairs = {"embeddings.LayerNorm": "layernorm"}
     for layer in range(depth):
         attentions = ["attention", "crossattention"] if layer in cross_attention else ["attention"]

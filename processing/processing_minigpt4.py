@@ -73,7 +73,7 @@ class MiniGPT4Processor(ProcessorMixin):
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            vars(self).pop("auto_map", None)  # of the code that is saved beside it, not of this object
+            self.__dict__.pop("auto_map", None)  # of the code that is saved beside it, not of this object
 
     def prepare_inputs_layout(
         self,

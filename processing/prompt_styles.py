@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 from transformers.utils import is_torchvision_available
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -56,10 +56,18 @@ def build_processor(
         [`MiniGPT4Processor`]: The processor.
 
     Raises:
-        `ValueError`: If the style is unknown, or `"native"` and the tokenizer has no chat template.
+        `ValueError`: If the style is unknown, if it is `"native"` and the tokenizer has no chat template, or if it is
+            another and the tokenizer is a LLaMA's that was opened with `legacy=False`.
     """
     if isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        # The original tokenizes piece by piece, and SentencePiece puts a space before each: `legacy` keeps it.
+        kwargs = {} if prompt_style == "native" else {"legacy": True}
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, **kwargs)
+    if prompt_style != "native" and isinstance(tokenizer, LlamaTokenizer) and not tokenizer.legacy:
+        raise ValueError(
+            f"Got a LlamaTokenizer with legacy=False for the prompt style `{prompt_style}`, which was trained with "
+            "the tokens of legacy=True. Expected the tokenizer's folder, or one opened with `legacy=True`."
+        )
     chat_template, end_symbol = _prompts_of(prompt_style, tokenizer)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [AddedToken(image_token, special=True, normalized=False)]}

@@ -7,10 +7,12 @@ them; `captions.json` has the ones that no rule gets right, and `null` for pictu
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 
 CAPTIONS_FILE = Path(__file__).parent / "captions.json"
+KINDS_FILE = Path(__file__).parent / "photograph_kinds.json"
 
 # Words that emoji.json writes in capitals like everything else, and that keep their capital in a sentence.
 PROPER_WORDS = {
@@ -102,6 +104,23 @@ def photograph_caption(class_name: str) -> str:
     'An Irish setter.'
     """
     return as_sentence(with_article(class_name.replace("_", " ")))
+
+
+def photograph_kind(synset: str) -> str | None:
+    """
+    What people call a thing of an ImageNet class first: the nearest of some hundred everyday nouns above the class in
+    WordNet 3.0, or nothing. `photograph_kinds.json` has them.
+
+    >>> photograph_kind("n02123045")  # tabby
+    'cat'
+    """
+    return _kinds().get(synset)
+
+
+@cache
+def _kinds() -> dict[str, str]:
+    content = json.loads(KINDS_FILE.read_text(encoding="utf-8"))
+    return {synset: kind for kind, synsets in content.items() for synset in synsets.split()}
 
 
 def is_caption(text: str) -> bool:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from caption_rules import CaptionOverrides, emoji_caption, is_caption, photograph_caption
+from caption_rules import (
+    CaptionOverrides,
+    as_sentence,
+    emoji_caption,
+    is_caption,
+    photograph_caption,
+    photograph_kind,
+    with_article,
+)
 from PIL import Image
 from registry_packages import Package
 from tuxpaint_stamps import STAMPS_FOLDER, Stamp, read_heldout, read_stamps, split_stamps
@@ -66,6 +74,8 @@ class Picture:
             Whether its mirror image fits the caption as well.
         is_cutout (`bool`):
             Whether it is one thing without surroundings, to be pasted on a background.
+        plain_caption (`str`, *optional*):
+            The same in a plainer word, such as `A cat.` for a tabby; three views in five have it.
     """
 
     source: str
@@ -75,6 +85,11 @@ class Picture:
     split: Literal["train", "heldout"] = "train"
     mirrorable: bool = True
     is_cutout: bool = True
+    plain_caption: str | None = None
+
+    def caption_of_view(self, view: int) -> str:
+        """The caption of one of its views, counted from 0."""
+        return self.plain_caption if self.plain_caption and view % 5 in (1, 3, 4) else self.caption
 
 
 def stamp_pictures(unpacked: Path, overrides: CaptionOverrides) -> tuple[list[Picture], Counter[str]]:
@@ -163,8 +178,18 @@ def photograph_pictures(folder: Path, overrides: CaptionOverrides) -> tuple[list
             phrase = overrides.photographs.get(path.stem, overrides.photographs.get(class_name.replace("_", " ")))
             caption = photograph_caption(class_name) if phrase is None else f"{phrase[:1].upper()}{phrase[1:]}."
             mirrorable = class_name not in overrides.photographs_with_writing
+            kind = photograph_kind(match["synset"])
+            is_plainer = kind is not None and kind not in caption.lower()
             pictures.append(
-                Picture("imagenet-sample-images", path.name, path, caption, mirrorable=mirrorable, is_cutout=False)
+                Picture(
+                    "imagenet-sample-images",
+                    path.name,
+                    path,
+                    caption,
+                    mirrorable=mirrorable,
+                    is_cutout=False,
+                    plain_caption=as_sentence(with_article(kind)) if kind and is_plainer else None,
+                )
             )
     return pictures, skipped
 

@@ -174,10 +174,10 @@ def generate_rows(
             continue
         report.pictures[picture.split, picture.source] += 1
         report.rows[picture.split, picture.source] += len(images)
-        for image in images:
+        for view, image in enumerate(images):
             yield {
                 "image": {"bytes": encode_jpeg(image), "path": None},
-                "caption": picture.caption,
+                "caption": picture.caption_of_view(view),
                 "source": picture.source,
                 "split": picture.split,
                 "name": picture.name,

@@ -22,10 +22,11 @@ from caption_rules import (
     emoji_caption,
     is_caption,
     photograph_caption,
+    photograph_kind,
     stamp_caption,
     with_article,
 )
-from picture_sources import emoji_pictures, photograph_pictures
+from picture_sources import Picture, emoji_pictures, photograph_pictures
 from picture_views import VIEW_SIZE, cutout_views, on_white, photograph_views
 from tuxpaint_stamps import (
     Stamp,
@@ -77,6 +78,15 @@ def test_the_article_follows_the_sound(name: str, expected: str) -> None:
 def test_captions_read_as_people_say_them(caption: str, expected: str) -> None:
     assert caption == expected
     assert is_caption(caption)
+
+
+def test_photographs_are_called_by_an_everyday_name_too() -> None:
+    assert photograph_kind("n02123045") == "cat"  # tabby
+    assert photograph_kind("n01704323") is None  # triceratops
+    tabby = Picture("photographs", "a", Path("a.jpg"), "A tabby.", plain_caption="A cat.")
+    captions = [tabby.caption_of_view(view) for view in range(5)]
+    assert captions == ["A tabby.", "A cat.", "A tabby.", "A cat.", "A cat."]
+    assert Picture("photographs", "a", Path("a.jpg"), "A fox.").caption_of_view(1) == "A fox."
 
 
 @pytest.mark.parametrize("text", ["no capital.", "No stop", "Two. Sentences.", "A.", "Really?"])

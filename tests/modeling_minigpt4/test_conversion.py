@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -219,6 +222,8 @@ def test_every_tensor_that_does_not_fit_is_listed_and_nothing_is_written(files, 
         ({"blip2": "somewhere"}, "either --vision-encoder"),
         ({"blip2": "somewhere", "vision_encoder": None}, "--blip2 and --qformer"),
         ({"image_size": 41}, "--image-size 41 is no multiple of the patch, 8"),
+        ({"image_size": 0}, "--image-size 0 is no multiple"),
+        ({"projection_only": True, "push_to_hub": "me/mine"}, "frozen parts that lie on this machine"),
         ({"checkpoint": str(ORIGINAL / "vicuna" / "eva_vit_g.pth")}, "no tensor `llama_proj.weight`"),
         ({"qformer": str(ORIGINAL / "vicuna" / "blip2_pretrained_flant5xxl.pth")}, "gives 176"),
         ({"checkpoint": str(ORIGINAL / "llama2" / "checkpoint.pth")}, "leave out --qformer if the model has none"),
@@ -229,6 +234,76 @@ def test_what_cannot_be_converted_is_refused(files, change, message):
     with pytest.raises(ValueError, match=message):
         convert(ConversionArguments(**files | change))
     assert not os.path.exists(files["output"])
+
+
+def test_a_grid_that_cannot_be_merged_is_refused(files):
+    projection = {"llama_proj.weight": torch.randn(32, 4 * 176), "llama_proj.bias": torch.randn(32)}
+    torch.save({"model": projection}, files["checkpoint"])
+    with pytest.raises(ValueError, match="5x5 patches cannot be merged by 4"):
+        convert(ConversionArguments(**files | {"qformer": None}))
+
+
+def test_a_tensor_without_its_dimensions_is_refused(files):
+    edit(files["checkpoint"], lambda weights: weights.update({"llama_proj.weight": torch.zeros(32)}))
+    with pytest.raises(ValueError, match=r"llama_proj.weight has the shape \(32,\), expected 2 dimensions"):
+        convert(ConversionArguments(**files))
+
+
+def test_buffers_that_the_originals_trainer_saved_are_left_out(files, capsys):
+    buffers = {
+        "llama_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "llama_model.base_model.model.model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "Qformer.bert.embeddings.position_ids": torch.arange(9)[None],
+    }
+    edit(files["checkpoint"], lambda weights: weights.update(buffers))
+    convert(ConversionArguments(**files))
+    assert "inv_freq" in capsys.readouterr().out
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    """A copy of the language model, to be changed."""
+    return Path(shutil.copytree(ORIGINAL / "llm", tmp_path / "llm", copy_function=shutil.copyfile))
+
+
+@pytest.mark.parametrize("legacy", [None, False])
+def test_the_originals_tokens_do_not_depend_on_what_the_folder_says(files, language_model, legacy):
+    path = language_model / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    del settings["legacy"]
+    path.write_text(json.dumps(settings | ({} if legacy is None else {"legacy": legacy})), encoding="utf-8")
+    convert(ConversionArguments(**files | {"language_model": str(language_model)}))
+    processor = AutoProcessor.from_pretrained(files["output"])
+    text = processor.tokenizer.bos_token + "###Human: <Img>"
+    ids = processor.tokenizer.encode(text, add_special_tokens=False)
+    assert ids[0] == processor.tokenizer.bos_token_id
+    assert ids[1:] == SentencePieceProcessor(model_file=str(language_model / "tokenizer.model")).encode(
+        "###Human: <Img>"
+    )
+
+
+def test_a_sentencepiece_model_that_transformers_reads_differently_is_refused(files, language_model):
+    texts = ["Describe this image in detail.", "Take a look at this image.", "a cat and a dog", "What is in it?"] * 9
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(language_model / "tokenizer"),
+        model_type="unigram",
+        vocab_size=60,
+        byte_fallback=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(ValueError, match=r"its SentencePiece model .* which the original used"):
+        convert(ConversionArguments(**files | {"language_model": str(language_model)}))
+
+
+def test_the_language_models_own_generation_settings_are_not_kept(files, language_model):
+    settings = {"max_length": 4096, "top_k": 7, "temperature": 0.6}
+    (language_model / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    convert(ConversionArguments(**files | {"language_model": str(language_model)}))
+    generation = AutoModel.from_pretrained(files["output"]).generation_config.to_diff_dict()
+    assert "max_length" not in generation
+    assert "top_k" not in generation
 
 
 def test_a_missing_file_is_named(files):
@@ -319,7 +394,7 @@ def test_the_command_says_what_is_wrong_without_a_traceback(files):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_conversion_leaves_no_folder_and_can_be_repeated(files, tmp_path, with_signal):
     process = run(files)
     while not list(tmp_path.glob(".converted-*")):
@@ -329,6 +404,8 @@ def test_an_interrupted_conversion_leaves_no_folder_and_can_be_repeated(files, t
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0, errors
     assert not os.path.exists(files["output"])
+    if with_signal != signal.SIGKILL:
+        assert not list(tmp_path.glob(".converted-*"))
     process = run(files)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -346,8 +423,10 @@ print("peak", peak() - before)
 """
 
 
-@pytest.mark.parametrize("projection_only", [False, True])
-def test_memory_stays_within_its_bounds(tmp_path, projection_only):
+@pytest.mark.parametrize(
+    ("projection_only", "dtype"), [(False, "float16"), (False, "bfloat16"), (False, "float32"), (True, "float16")]
+)
+def test_memory_stays_within_its_bounds(tmp_path, projection_only, dtype):
     """At most 1.3 times a full output; with the projection alone, the largest file and 300 MB."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -372,7 +451,13 @@ def test_memory_stays_within_its_bounds(tmp_path, projection_only):
     output = tmp_path / "converted"
     command = [sys.executable, "-c", MEASURED, "--checkpoint", tmp_path / "checkpoint.pth"]
     command += ["--language-model", tmp_path / "llm", "--prompt-style", "llama-2", "--output", output]
-    command += ["--vision-encoder", tmp_path / "vit.pth", *(["--projection-only"] if projection_only else [])]
+    command += [
+        "--dtype",
+        dtype,
+        "--vision-encoder",
+        tmp_path / "vit.pth",
+        *(["--projection-only"] if projection_only else []),
+    ]
     done = subprocess.run(
         list(map(str, command)),
         capture_output=True,
