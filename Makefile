@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SLOW_REQUIREMENTS := parameterized torchao
+SLOW_REQUIREMENTS := parameterized==0.9.0 torchao==0.18.0
 # As `setup.py` has it.
 OLDEST_TRANSFORMERS := 5.19.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -51,9 +51,9 @@ backbones: .venv/.installed
 
 define layer
 	$(BIN)/python -m venv $(1)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" > \
 		$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
-	$(1)/bin/pip install --quiet --no-deps --constraint constraints.txt $(2)
+	$(1)/bin/pip install --quiet --no-deps $(2)
 endef
 
 clean:

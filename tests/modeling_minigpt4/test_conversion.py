@@ -374,15 +374,15 @@ def test_stage_1_checkpoints_continue_a_picture(files):
     assert processor.image_prompt() == processor.tokenizer.bos_token + processor.image_token
 
 
-def run(arguments: dict[str, object], **kwargs) -> subprocess.Popen:
-    """The conversion as a command."""
-    options = [
-        f"--{name.replace('_', '-')}" if part == 0 else str(value)
-        for name, value in arguments.items()
-        for part in (0, 1)
-    ]
+def run(arguments: dict[str, object]) -> subprocess.Popen:
+    """The conversion as a command, which an interrupt reaches even where the tests run in the background."""
+    options = [part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     return subprocess.Popen(
-        [sys.executable, "-m", MODULE, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+        [sys.executable, "-m", MODULE, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

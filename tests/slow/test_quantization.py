@@ -20,7 +20,7 @@ TINY = "examples/tiny/checkpoint/stage1"
 @pytest.fixture(scope="module")
 def inputs():
     processor = AutoProcessor.from_pretrained(TINY)
-    image = Image.open("examples/tiny/photographs/raccoon.jpg")
+    image = Image.open("examples/tiny/photographs/coffee.jpg")
     return processor(images=image, text=processor.image_prompt(), add_special_tokens=False, return_tensors="pt")
 
 
@@ -77,7 +77,7 @@ def test_torchao_int8_halves_the_linear_layers_of_the_language_model(reference, 
     assert megabytes(layers) < 0.52 * megabytes(reference_layers)
     with torch.no_grad():
         expected, received = reference(**inputs).logits.float(), model(**inputs).logits.float()
-    assert (expected - received).abs().mean() < 0.1 * expected.std()
+    assert (expected - received).abs().mean() < 0.2 * expected.std()
     assert sentence(model, inputs) == sentence(reference, inputs)
 
 
