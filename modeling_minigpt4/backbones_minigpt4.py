@@ -326,6 +326,25 @@ def _read_tensors(
     return tensors
 
 
+def tensor_shapes(folder: str, prefix: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors behind a prefix in a folder's safetensors files, read off their headers.
+
+    Args:
+        folder (`str`): The folder.
+        prefix (`str`): What the names start with; it is cut off.
+
+    Returns:
+        `dict[str, tuple[int, ...]]`: Empty where the folder has no safetensors files.
+    """
+    shapes = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118
+                if key.startswith(prefix):
+                    shapes[key.removeprefix(prefix)] = tuple(weights.get_slice(key).get_shape())
+    return shapes
+
+
 def _find_file(source: str, name: str, **hub_kwargs: Any) -> str | None:
     return cached_file(
         source,

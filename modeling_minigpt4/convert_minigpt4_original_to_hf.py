@@ -33,7 +33,9 @@ from transformers import (
     AutoTokenizer,
     Blip2Config,
     Blip2QFormerConfig,
+    Blip2QFormerModel,
     Blip2VisionConfig,
+    Blip2VisionModel,
     GenerationConfig,
     HfArgumentParser,
     PreTrainedModel,
@@ -51,6 +53,7 @@ from .backbones_minigpt4 import (
     load_language_model,
     load_qformer,
     load_vision_tower,
+    tensor_shapes,
 )
 from .configuration_minigpt4 import MiniGPT4Config
 from .modeling_minigpt4 import MiniGPT4ForConditionalGeneration
@@ -263,6 +266,12 @@ def _misfits(
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(text_config)
     problems = check_lora(arguments.checkpoint, checkpoint, language_model)
+    problems += _check_folder(arguments.language_model, "", language_model)
+    if arguments.blip2 is not None:
+        with torch.device("meta"):
+            problems += _check_folder(arguments.blip2, "vision_model.", Blip2VisionModel(side.vision_config))
+            if side.qformer_config is not None:
+                problems += _check_folder(arguments.blip2, "qformer.", Blip2QFormerModel(side.qformer_config))
     ranks = {matrices["A"].shape[0] for matrices in checkpoint.lora.values() if "A" in matrices}
     if arguments.keep_lora and len(ranks) > 1:
         problems.append(
@@ -303,6 +312,21 @@ def _misfits(
         if grid**2 % (columns // patch_size):
             problems.append(f"{grid}x{grid} patches cannot be merged by {columns // patch_size}; choose --image-size")
     return problems
+
+
+def _check_folder(folder: str, prefix: str, model: PreTrainedModel) -> list[str]:
+    """What is missing or of a wrong shape in a folder's safetensors files, a line for each. A repository is checked
+    when its weights are opened."""
+    found = tensor_shapes(folder, prefix) if Path(folder).is_dir() else {}
+    expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}  # tied ones count once
+    if not found.keys() & expected.keys():
+        return []  # files of another format, or names of old, which `from_pretrained` knows
+    problems = [f"{folder}: missing {prefix}{name}" for name in expected if name not in found]
+    return problems + [
+        f"{folder}: {prefix}{name} has the shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
 
 
 def _check_tokenizer(arguments: ConversionArguments, processor: MiniGPT4Processor) -> None:

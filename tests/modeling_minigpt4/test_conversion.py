@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import (
     AutoModel,
@@ -122,6 +122,12 @@ def files(blip2, tmp_path):
     }
 
 
+@pytest.fixture
+def language_model(tmp_path):
+    """A copy of the language model, to be changed."""
+    return Path(shutil.copytree(ORIGINAL / "llm", tmp_path / "llm", copy_function=shutil.copyfile))
+
+
 def edit(path, change):
     """Changes the tensors in a file of the release."""
     content = torch.load(path, weights_only=True)
@@ -211,6 +217,28 @@ def test_every_tensor_that_does_not_fit_is_listed_and_nothing_is_written(files, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pth", "qformer.pth", "vit.pth"]
 
 
+@pytest.mark.parametrize("projection_only", [False, True])
+def test_folders_in_transformers_format_are_checked_too(blip2, files, language_model, tmp_path, projection_only):
+    blip2.save_pretrained(tmp_path / "blip2")
+    weights = load_file(tmp_path / "blip2" / "model.safetensors")
+    del weights["vision_model.encoder.layers.1.mlp.fc1.bias"]
+    weights["qformer.layernorm.bias"] = torch.zeros(3)
+    save_file(weights, tmp_path / "blip2" / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(language_model / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, language_model / "model.safetensors", metadata={"format": "pt"})
+    sources = {"vision_encoder": None, "qformer": None, "blip2": str(tmp_path / "blip2")}
+    files = files | sources | {"language_model": str(language_model)}
+    with pytest.raises(ValueError, match="3 tensors do not fit") as error:
+        convert(ConversionArguments(**files, projection_only=projection_only))
+    for line in (
+        "missing vision_model.encoder.layers.1.mlp.fc1.bias",
+        "qformer.layernorm.bias has the shape (3,), expected (192,)",
+        "missing model.norm.weight",
+    ):
+        assert line in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -258,12 +286,6 @@ def test_buffers_that_the_originals_trainer_saved_are_left_out(files, capsys):
     edit(files["checkpoint"], lambda weights: weights.update(buffers))
     convert(ConversionArguments(**files))
     assert "inv_freq" in capsys.readouterr().out
-
-
-@pytest.fixture
-def language_model(tmp_path):
-    """A copy of the language model, to be changed."""
-    return Path(shutil.copytree(ORIGINAL / "llm", tmp_path / "llm", copy_function=shutil.copyfile))
 
 
 @pytest.mark.parametrize("legacy", [None, False])
