@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+import transformers
+from packaging import version
 
 from modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 
@@ -29,6 +31,16 @@ def original_files(variant: str) -> dict[str, str]:
     }
     qformer = ORIGINAL / variant / "blip2_pretrained_flant5xxl.pth"
     return files | ({"qformer": str(qformer)} if qformer.is_file() else {})
+
+
+def lines_of_ours(stderr: str) -> list[str]:
+    """What a process said, without progress bars and without what the pipeline of transformers 5.19 says about every
+    model."""
+    of_5_19 = ("Passing `generation_config` together with", "Both `max_new_tokens`")
+    lines = [line for line in stderr.replace("\r", "\n").splitlines() if line and "Loading weights" not in line]
+    if version.parse(transformers.__version__) >= version.parse("5.20"):
+        return lines
+    return [line for line in lines if not any(known in line for known in of_5_19)]
 
 
 def build(backbones: dict[str, str], recipe: str, **kwargs: object) -> MiniGPT4ForConditionalGeneration:
